@@ -1,0 +1,98 @@
+"""Which implementation of the operators runs: an ordered list of preferences that ends in the reference.
+
+A backend is a module with ``batch_norm_act_forward`` and ``batch_norm_act_backward`` (the signatures of
+``vgkern.ops``), ``unavailable() -> str | None`` (why this process cannot use it) and ``refuses(x) -> str | None``
+(why it cannot take this tensor).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+__all__ = ["available", "use"]
+
+_NAMES = ("cpu", "triton", "reference")
+_PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+
+# Process-wide, not thread-local: autograd runs the backward of a CUDA tensor in a thread of its own.
+_forced: str | None = None
+
+
+def _load(name: str) -> ModuleType:
+    # At first use: triton takes a second to import and the extension must come after torch.
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def available() -> dict[str, str]:
+    """Each backend's name with ``"usable"``, or the reason why it is not.
+
+    Example:
+        >>> import vgkern
+        >>> vgkern.backends.available()["reference"]
+        'usable'
+    """
+    return {name: _load(name).unavailable() or "usable" for name in _NAMES}
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Force one backend inside a ``with`` block, in the whole process.
+
+    Args:
+        name: ``"cpu"``, ``"triton"`` or ``"reference"``. ``"triton"`` takes CPU tensors only under
+            ``TRITON_INTERPRET=1``.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the backend is not usable here; the message says why. Inside the block, a tensor that the
+            backend cannot take raises as well.
+
+    Example:
+        >>> import torch, vgkern
+        >>> with vgkern.backends.use("reference"):
+        ...     vgkern.functional.add_act(torch.tensor([-1.0, 2.0]))
+        tensor([0., 2.])
+    """
+    global _forced
+    if name not in _NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(_NAMES)}, got {name!r}")
+    reason = _load(name).unavailable()
+    if reason:
+        raise RuntimeError(f"backend {name!r} is not usable here: {reason}")
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def of(x: Tensor) -> ModuleType:
+    """The backend that computes on x."""
+    if _forced is not None:
+        backend = _load(_forced)
+        reason = backend.refuses(x)
+        if reason:
+            raise RuntimeError(f"backend {_forced!r} cannot take this tensor: {reason}")
+        return backend
+    return _default(x.device.type)
+
+
+_defaults: dict[str, ModuleType] = {}
+
+
+def _default(device_type: str) -> ModuleType:
+    if device_type not in _defaults:
+        names = _PREFERENCE.get(device_type, ("reference",))
+        _defaults[device_type] = next(_load(name) for name in names if _load(name).unavailable() is None)
+    return _defaults[device_type]
+
+
+def name_of(device: torch.device | str) -> str:
+    """The name of the backend that tensors of this device get, when none is forced."""
+    return _forced or _default(torch.device(device).type).__name__.rpartition(".")[2]

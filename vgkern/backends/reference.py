@@ -1,0 +1,205 @@
+"""The operators in plain PyTorch: any device, any dtype, and every backend's double backward.
+
+All arithmetic is float64 (float32 on devices that have none) and rounded once, so it is right to half a unit in the last
+place and serves as the tests' second opinion. It makes float64 temporaries of x's size: it is meant for devices and
+builds that have no kernels, not for speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..activations import TABLE
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def refuses(x: Tensor) -> str | None:
+    return None
+
+
+def _channel_dims(x: Tensor) -> list[int]:
+    return [d for d in range(x.dim()) if d != 1]
+
+
+def _expand(per_channel: Tensor, x: Tensor) -> Tensor:
+    """(C,) shaped so that it broadcasts along x's channels."""
+    return per_channel.view(-1, *[1] * (x.dim() - 2)) if x.dim() >= 2 else per_channel
+
+
+def _sum(t: Tensor) -> Tensor:
+    """Sum over each channel, (C,); over everything, (1,), in a tensor without channels."""
+    return t.sum(_channel_dims(t)) if t.dim() >= 2 else t.sum().reshape(1)
+
+
+def batch_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, rstd, unbiased variance) of each channel, (C,) float64; differentiable."""
+    x = x.to(ops.statistics_dtype(x.device))
+    count = x.numel() // x.shape[1]
+    mean = _sum(x) / count
+    # One step of refinement: the rounded sum of 2²⁰ equal values is not that value times 2²⁰.
+    mean = mean + _sum(x - _expand(mean, x)) / count
+    var = _sum((x - _expand(mean, x)).square()) / count
+    return mean, (var + eps).rsqrt(), var * (count / (count - 1))
+
+
+def running_statistics(running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(mean, rstd), (C,) float64, from running statistics."""
+    dtype = ops.statistics_dtype(running_mean.device)
+    return running_mean.to(dtype), (running_var.to(dtype) + eps).rsqrt()
+
+
+def _pre_activation(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, rstd: Tensor | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(x̂, z) in float64; x̂ is x without normalisation."""
+    z = normalised = x.to(ops.statistics_dtype(x.device))
+    if mean is not None and rstd is not None:
+        z = normalised = (z - _expand(mean, x)) * _expand(rstd, x)
+    if weight is not None:
+        z = z * _expand(weight, x)
+    if bias is not None:
+        z = z + _expand(bias, x)
+    return normalised, z if residual is None else z + residual
+
+
+def _activate(z: Tensor, activation: str, args: Sequence[float], weight: Tensor | None) -> Tensor:
+    reference = TABLE[activation].reference
+    return reference(z, *args) if weight is None else reference(z, *args, weight.to(z.dtype))
+
+
+def _activation_backward(
+    dy: Tensor, z: Tensor, activation: str, args: Sequence[float], weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """(φ'(z)·dy, gradient of the activation's weight) by PyTorch's own formulas; differentiable where grad is enabled."""
+    create_graph = torch.is_grad_enabled()
+
+    def leaf(t: Tensor) -> Tensor:
+        return t if create_graph and t.requires_grad else t.detach().requires_grad_()
+
+    with torch.enable_grad():
+        z = leaf(z)
+        inputs = [z]
+        if weight is not None:
+            weight = leaf(weight)
+            inputs.append(weight)
+        y = _activate(z, activation, args, weight)
+        dz, *dweight = torch.autograd.grad(y, inputs, dy, create_graph=create_graph)
+    return dz, dweight[0] if dweight else None
+
+
+def _unpack(mask: Tensor, x: Tensor) -> Tensor:
+    """The bits of ``mask`` as a bool tensor of x's shape."""
+    outer, inner = ops.mask_geometry(x)
+    bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
+    on = bits.view(outer, -1)[:, :inner].bool()
+    if not ops.is_rows(x):
+        return on.reshape(x.shape)
+    n, c, _ = ops.geometry(x)
+    return on.reshape(n, *x.shape[2:], c).movedim(-1, 1)
+
+
+def _pack(on: Tensor, x: Tensor) -> Tensor:
+    """A bool tensor of x's shape as a bit mask (see ``vgkern.ops``)."""
+    outer, inner = ops.mask_geometry(x)
+    runs = (on.movedim(1, -1) if ops.is_rows(x) else on).reshape(outer, inner)
+    runs = torch.nn.functional.pad(runs, (0, -inner % 8)).view(outer, -1, 8)
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=x.device)
+    return (runs * weights).sum(-1, dtype=torch.uint8)
+
+
+def differentiate(
+    dy: Tensor, x: Tensor, residual: Tensor | None, mask: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, activation_weight: Tensor | None,
+    training: bool, activation: str, args: Sequence[float], min_norm: float = 0.0, max_norm: float = float("inf"),
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """The backward pass as PyTorch operations, themselves differentiable: the double backward of every backend.
+
+    Args: as ``vgkern::batch_norm_act_backward``; ``mean`` and ``rstd`` (C,), functions of x where a second derivative
+    through the batch statistics is wanted.
+
+    Returns:
+        (dx, dz, dweight, dbias, dactivation_weight, record), all in float64. The factor that the norm's bounds put on
+        dx counts as a constant.
+    """
+    row = TABLE[activation]
+    dy = dy.to(ops.statistics_dtype(x.device))
+    normalised, z = _pre_activation(x, residual, weight, bias, mean, rstd)
+    dactivation_weight = None
+    if row.on is not None:
+        on = row.on(z, *args) if mask is None else _unpack(mask, x)
+        slope_on, slope_off = row.slopes(*args)
+        dz = torch.where(on, dy * slope_on, dy * slope_off if slope_off else 0.0)
+        dead = torch.zeros_like(on) if slope_off else ~on
+    else:
+        dz, dactivation_weight = _activation_backward(dy, z, activation, args, activation_weight)
+        with torch.no_grad():
+            dead = _activation_backward(torch.ones_like(z), z, activation, args, activation_weight)[0] == 0
+
+    dbias, dweight = _sum(dz), _sum(dz * normalised)
+    dx = dz
+    if training:
+        count = x.numel() // x.shape[1]
+        dx = dx - _expand(dbias / count, x) - normalised * _expand(dweight / count, x)
+    if rstd is not None:
+        dx = dx * _expand(rstd if weight is None else rstd * weight, x)
+
+    with torch.no_grad():
+        norm = dx.norm()
+        factor = torch.where((norm > 0) & norm.isfinite(), norm.clamp(min_norm, max_norm) / norm, 1.0)
+        record = torch.stack([
+            dy.square().sum(), dz.square().sum(), (norm * factor).square(),
+            dweight.square().sum() if weight is not None else torch.zeros_like(norm),
+            dbias.square().sum() if bias is not None else torch.zeros_like(norm),
+            dead.sum(), (~dy.isfinite()).sum(), norm.new_tensor(x.numel()), torch.ones_like(norm),
+        ])  # fmt: skip
+    if min_norm > 0 or max_norm < float("inf"):
+        dx = dx * factor
+    return dx, dz, dweight, dbias, dactivation_weight, record
+
+
+def batch_norm_act_forward(
+    x, residual, weight, bias, running_mean, running_var, activation_weight,
+    training, eps, activation, activation_args, save_mask,
+):  # fmt: skip
+    mean = rstd = None
+    statistics = x.new_empty((0,), dtype=ops.statistics_dtype(x.device))
+    if training:
+        mean, rstd, var = batch_statistics(x, eps)
+        statistics = torch.stack([mean, rstd, var])
+    elif running_mean is not None:
+        mean, rstd = running_statistics(running_mean, running_var, eps)
+        statistics = torch.stack([mean, rstd, torch.full_like(mean, float("nan"))])
+    _, z = _pre_activation(x, residual, weight, bias, mean, rstd)
+    y = _activate(z, activation, activation_args, activation_weight)
+    mask = x.new_empty((0,), dtype=torch.uint8)
+    if save_mask and ops.needs_mask(activation, residual is not None):
+        mask = _pack(TABLE[activation].on(z, *activation_args), x)
+    return torch.empty_like(x).copy_(y), statistics, mask
+
+
+def batch_norm_act_backward(
+    dy, x, residual, mask, statistics, weight, bias, activation_weight,
+    training, eps, activation, activation_args, min_norm, max_norm, output_mask,
+):  # fmt: skip
+    mean, rstd = (None, None) if statistics is None else (statistics[0], statistics[1])
+    dx, dz, dweight, dbias, dactivation_weight, record = differentiate(
+        dy, x, residual, mask, mean, rstd, weight, bias, activation_weight,
+        training, activation, activation_args, min_norm, max_norm,
+    )  # fmt: skip
+    param_dtype = next((p.dtype for p in (weight, bias) if p is not None), x.dtype)
+    results = (
+        lambda: torch.empty_like(x).copy_(dx),
+        lambda: torch.empty_like(x).copy_(dz),
+        lambda: dweight.to(param_dtype),
+        lambda: dbias.to(param_dtype),
+        lambda: dactivation_weight.to(activation_weight.dtype),
+        lambda: record,
+    )
+    return tuple(make() if wanted else x.new_empty((0,)) for make, wanted in zip(results, output_mask, strict=True))

@@ -1,0 +1,292 @@
+"""Autograd over the operators: ``batch_norm_act`` and ``add_act``.
+
+The backward pass hands the gradient record (``vgkern.gradients.record``) out as the "gradient" of a probe, an input
+that the forward pass ignores. Nothing is stored on the side, so ``torch.compile``, checkpointing and gradient
+accumulation treat the record as they treat any gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import activations, ops
+from .activations import ActivationSpec
+from .backends import reference
+
+__all__ = ["add_act", "batch_norm_act"]
+
+Bounds = tuple[float | None, float | None]
+
+
+class _Config(NamedTuple):
+    """What of a call is not a tensor."""
+
+    training: bool
+    eps: float
+    activation: str
+    args: tuple[float, ...]
+    min_norm: float
+    max_norm: float
+    save_mask: bool
+
+
+class _BatchNormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(x, residual, weight, bias, activation_weight, probe, running_mean, running_var, config):
+        return ops.batch_norm_act_forward(
+            x, residual, weight, bias, running_mean, running_var, activation_weight,
+            config.training, config.eps, config.activation, config.args, config.save_mask,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, residual, weight, bias, activation_weight, _, running_mean, running_var, config = inputs
+        _, statistics, mask = output
+        ctx.mark_non_differentiable(statistics, mask)
+        ctx.set_materialize_grads(False)
+        ctx.config = config
+        ctx.has_mask = residual is not None and config.save_mask and ops.needs_mask(config.activation, True)
+        ctx.has_statistics = config.training or running_mean is not None
+        reads_residual = activations.TABLE[config.activation].backward_reads == "z"
+        # The running statistics are saved, though their values are in `statistics`, so that autograd notices when a
+        # training step changes them between an eval-mode forward and its backward.
+        frozen = (None, None) if config.training else (running_mean, running_var)
+        ctx.save_for_backward(
+            x, residual if reads_residual else None, mask if ctx.has_mask else None,
+            statistics if ctx.has_statistics else None, weight, bias, activation_weight, *frozen,
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx, dy, *_):
+        if dy is None:
+            return (None,) * 9
+        x, residual, mask, statistics, weight, bias, activation_weight, running_mean, running_var = ctx.saved_tensors
+        config = ctx.config
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _second_order(
+                ctx, dy, x, residual, mask, weight, bias, activation_weight, running_mean, running_var
+            )
+        need_x, need_residual, need_weight, need_bias, need_activation_weight, need_record, *_ = ctx.needs_input_grad
+        # Without normalisation dz is dx: one tensor serves both.
+        shared = statistics is None and config.min_norm == 0 and config.max_norm == math.inf
+        need_dx = need_x or (shared and need_residual)
+        gradients = ops.batch_norm_act_backward(
+            _dense_like(dy, x), x, residual, mask, statistics, weight, bias, activation_weight,
+            config.training, config.eps, config.activation, config.args, config.min_norm, config.max_norm,
+            [need_dx, need_residual and not shared, need_weight, need_bias, need_activation_weight, need_record],
+        )  # fmt: skip
+        dx, dresidual, dweight, dbias, dactivation_weight, record = gradients
+        return (
+            dx if need_x else None,
+            (dx if shared else dresidual) if need_residual else None,
+            dweight if need_weight else None,
+            dbias if need_bias else None,
+            dactivation_weight.view_as(activation_weight) if need_activation_weight else None,
+            record if need_record else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _second_order(ctx, dy, x, residual, mask, weight, bias, activation_weight, running_mean, running_var):
+    """The backward pass with a graph of its own, from differentiable operations (``create_graph=True``)."""
+    config = ctx.config
+    mean = rstd = None
+    if config.training:
+        mean, rstd, _ = reference.batch_statistics(x, config.eps)
+    elif running_mean is not None:
+        mean, rstd = reference.running_statistics(running_mean, running_var, config.eps)
+    dx, dz, dweight, dbias, dactivation_weight, record = reference.differentiate(
+        dy, x, residual, mask, mean, rstd, weight, bias, activation_weight,
+        config.training, config.activation, config.args, config.min_norm, config.max_norm,
+    )  # fmt: skip
+    need_x, need_residual, need_weight, need_bias, need_activation_weight, need_record, *_ = ctx.needs_input_grad
+    return (
+        dx.to(x.dtype) if need_x else None,
+        dz.to(x.dtype) if need_residual else None,
+        dweight.to(weight.dtype) if need_weight else None,
+        dbias.to(bias.dtype) if need_bias else None,
+        dactivation_weight.to(activation_weight.dtype) if need_activation_weight else None,
+        record if need_record else None,
+        None,
+        None,
+        None,
+    )
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """The format in which the kernels take x: its own where it is dense, PyTorch's suggestion where it is not."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    return torch._prims_common.suggest_memory_format(x)
+
+
+def _dense_like(t: Tensor, x: Tensor) -> Tensor:
+    return t.contiguous(memory_format=_memory_format(x))
+
+
+def resolve_bounds(grad_norm_bounds: Bounds | None) -> tuple[float, float]:
+    """(low, high) with 0 and inf for "no bound".
+
+    Raises:
+        ValueError: not a pair, a negative or NaN bound, or low > high.
+    """
+    if grad_norm_bounds is None:
+        return 0.0, math.inf
+    message = f"grad_norm_bounds: expected (low, high) with 0 <= low <= high, either may be None; got {grad_norm_bounds!r}"
+    try:
+        low, high = grad_norm_bounds
+        low, high = 0.0 if low is None else float(low), math.inf if high is None else float(high)
+    except (TypeError, ValueError):
+        raise ValueError(message) from None
+    if not 0 <= low <= high:  # NaN fails too
+        raise ValueError(message)
+    return low, high
+
+
+def apply(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation_weight: Tensor | None,
+    probe: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    spec: ActivationSpec,
+    bounds: tuple[float, float],
+) -> tuple[Tensor, Tensor]:
+    """(output, statistics) of arguments that are checked: what layers and functions share."""
+    if residual is not None and residual.dtype != input.dtype:
+        # As PyTorch promotes `batch_norm(input) + residual`. Parameters follow, which costs C elements.
+        dtype = torch.promote_types(input.dtype, residual.dtype)
+        input, residual = input.to(dtype), residual.to(dtype)
+        weight, bias, activation_weight, running_mean, running_var = (
+            None if t is None else t.to(dtype) for t in (weight, bias, activation_weight, running_mean, running_var)
+        )
+    memory_format = _memory_format(input)
+    input = input.contiguous(memory_format=memory_format)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=memory_format)
+
+    differentiable = (input, residual, weight, bias, activation_weight)
+    records = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    config = _Config(training, eps, spec.name, spec.args, *bounds, records)
+    y, statistics, _ = _BatchNormAct.apply(*differentiable, probe if records else None, running_mean, running_var, config)
+    if spec.name == "prelu" and torch.is_autocast_enabled(input.device.type):
+        y = y.to(torch.get_autocast_dtype(input.device.type))  # the one activation that autocast runs in low precision
+    return y, statistics
+
+
+def update_running_statistics(
+    running_mean: Tensor, running_var: Tensor, statistics: Tensor, momentum: float | Tensor
+) -> None:
+    """``running ← (1 − momentum)·running + momentum·batch``, in place, with the unbiased variance."""
+    mean, _, var = statistics.to(running_mean.dtype).unbind()
+    if isinstance(momentum, Tensor):
+        momentum = momentum.to(running_mean.dtype)
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(var, momentum)
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | nn.Module | None = "relu",
+    activation_args: Mapping[str, Any] | None = None,
+    activation_weight: Tensor | None = None,
+    grad_norm_bounds: Bounds | None = None,
+) -> Tensor:
+    r"""``act(batch_norm(input) + residual)`` in one fused operation; arguments as ``torch.nn.functional.batch_norm``.
+
+    .. math:: y = \varphi\left(\gamma\,\frac{x - \mu}{\sqrt{\sigma^2 + \varepsilon}} + \beta + r\right)
+
+    Args:
+        input: (N, C, \*), float32, float64, bfloat16 or float16.
+        running_mean, running_var: (C,) or both None; updated in place when ``training``, used when not.
+        weight, bias: γ and β, (C,) or None, of input's dtype, or float32 beside a half-precision input.
+        training: normalise by the statistics of this batch (over N and \*).
+        momentum: share of the batch in the new running statistics; the running variance is unbiased.
+        eps: added to the (biased) variance.
+        residual: of input's shape and device; its gradient is φ'(z)·dy.
+        activation: a name of ``vgkern.activations.names()``, a ``torch.nn`` activation module, or None.
+        activation_args: the activation's arguments by name, e.g. ``{"negative_slope": 0.2}``.
+        activation_weight: PReLU's slope, (1,) or (C,); taken from the module where one is given.
+        grad_norm_bounds: (low, high), either None: the gradient of ``input`` is scaled, direction kept, so that its L2
+            norm lies in the bounds. A zero or non-finite gradient is left as it is.
+
+    Returns:
+        Of input's shape and memory format; the dtype of ``batch_norm(input) + residual``.
+
+    Raises:
+        ValueError, RuntimeError, IndexError, NotImplementedError, TypeError: as ``torch.nn.functional.batch_norm``
+            does, naming the argument. Nothing has changed then.
+
+    Example:
+        >>> import torch, vgkern
+        >>> x = torch.randn(8, 3, 4, 4)
+        >>> y = vgkern.functional.batch_norm_act(x, None, None, training=True, residual=torch.ones_like(x))
+        >>> y.shape, bool((y >= 0).all())
+        (torch.Size([8, 3, 4, 4]), True)
+
+    Source: Ioffe & Szegedy 2015, arXiv 1502.03167; He et al. 2016, arXiv 1512.03385, for the place of the residual.
+    """
+    spec = activations.resolve(activation, activation_args)
+    if isinstance(activation, nn.PReLU) and activation_weight is None:
+        activation_weight = activation.weight
+    bounds = resolve_bounds(grad_norm_bounds)
+    ops.check(input, residual, spec, activation_weight)
+    ops.check_batch_norm(input, running_mean, running_var, weight, bias, training, eps)
+    y, statistics = apply(
+        input, residual, weight, bias, activation_weight, None, running_mean, running_var, training, eps, spec, bounds
+    )
+    if training and running_mean is not None and running_var is not None and input.numel() > 0:
+        update_running_statistics(running_mean, running_var, statistics, momentum)
+    return y
+
+
+def add_act(
+    input: Tensor,
+    residual: Tensor | None = None,
+    *,
+    activation: str | nn.Module | None = "relu",
+    activation_args: Mapping[str, Any] | None = None,
+    activation_weight: Tensor | None = None,
+) -> Tensor:
+    """``act(input + residual)``, or ``act(input)``, in one pass.
+
+    Args:
+        input: any shape; channels, for a PReLU with one slope a channel, are dimension 1.
+        residual: of input's shape and device. There is no broadcasting.
+        activation, activation_args, activation_weight: as :func:`batch_norm_act`.
+
+    Raises:
+        RuntimeError, ValueError, NotImplementedError, TypeError: as :func:`batch_norm_act`.
+
+    Example:
+        >>> import torch, vgkern
+        >>> vgkern.functional.add_act(torch.tensor([-1.0, 2.0]), torch.tensor([3.0, -5.0]))
+        tensor([2., 0.])
+    """
+    spec = activations.resolve(activation, activation_args)
+    if isinstance(activation, nn.PReLU) and activation_weight is None:
+        activation_weight = activation.weight
+    ops.check(input, residual, spec, activation_weight)
+    y, _ = apply(input, residual, None, None, activation_weight, None, None, None, False, 0.0, spec, (0.0, math.inf))
+    return y

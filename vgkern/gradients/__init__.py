@@ -1,0 +1,5 @@
+"""Gradient health: what the backward kernels record."""
+
+from .record import GradStats
+
+__all__ = ["GradStats"]

@@ -1,0 +1,278 @@
+"""The contract between autograd and the backends: two operators, their schemas, fakes and checks.
+
+``vgkern::batch_norm_act_forward`` and ``vgkern::batch_norm_act_backward`` are functional (they change none of their
+inputs) and each backend implements both with the signatures below. They have no autograd formula of their own; that is
+``vgkern.functional``'s part. Three modes of normalisation:
+
+=============  ==========  ============================  =======================================
+mode           training    running_mean, running_var     x̂
+=============  ==========  ============================  =======================================
+batch          True        ignored                       (x − mean(x)) · rstd, over the channel
+running        False       given                         (x − running_mean) · rstd
+none           False       None                          x itself; weight and bias are None
+=============  ==========  ============================  =======================================
+
+Forward: ``z = weight·x̂ + bias + residual; y = φ(z)``.
+
+* ``x``: (N, C, *) dense, contiguous or channels_last(_3d); float32, float64, bfloat16 or float16. Never empty.
+  In mode "none" any rank: see :func:`geometry`.
+* ``residual``: None, or of x's shape, dtype and strides.
+* ``weight``, ``bias``: None or (C,), of x's dtype, or float32 beside a half-precision x.
+* ``activation_weight``: (1,) or (C,) for a learnable activation, else None.
+* Returns ``y`` (like x); ``statistics``, float64 (float32 where the device has none), (3, C): mean, rstd and unbiased
+  variance (NaN in mode "running"), or (0,) in mode "none"; ``mask``, uint8 bits, or (0,).
+
+The mask is made where ``save_mask`` is true, a residual is there, and the activation's backward reads a mask; without a
+residual the backward recomputes z from x, which it reads anyhow. Its shape is (outer, ceil(inner / 8)) for the
+(outer, inner) of :func:`mask_geometry`; bit ``i % 8`` of byte ``i // 8`` belongs to element ``i`` of the run.
+
+Backward: with ``dz = φ'(z)·dy`` and m elements a channel::
+
+    dresidual = dz      dbias = Σ dz      dweight = Σ dz·x̂      dactivation_weight = Σ_{z<0} z·dy  (PReLU)
+    dx = weight·rstd·(dz − dbias/m − x̂·dweight/m)      mode "batch"
+    dx = weight·rstd·dz                                 modes "running" and "none" (there weight·rstd = 1)
+
+* ``residual`` is given where z must be recomputed from it, ``mask`` where that suffices, and both are None in a layer
+  without residual.
+* ``min_norm``, ``max_norm``: bounds of the L2 norm of the whole dx; 0 and inf for none. dx is scaled by one factor so
+  that its norm lies within; a zero or non-finite norm is left alone. Other gradients are not scaled.
+* ``output_mask``: which of dx, dresidual, dweight, dbias, dactivation_weight and record are wanted. What is not comes
+  back as an empty (0,) tensor and costs no write.
+* ``record``: float64 (9,), additive over backward passes: see :data:`RECORD_FIELDS`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .activations import TABLE, ActivationSpec
+
+__all__ = ["RECORD_FIELDS", "geometry", "mask_geometry", "needs_mask", "statistics_dtype"]
+
+#: What the record sums, in this order. ``dx`` is squared as handed on, after the bounds; ``dead`` counts elements with
+#: φ'(z) = 0, ``nonfinite`` elements of dy that are inf or NaN, ``elements`` all of them; ``backwards`` adds one.
+RECORD_FIELDS = (
+    "grad_output_sq",
+    "grad_preact_sq",
+    "grad_input_sq",
+    "grad_weight_sq",
+    "grad_bias_sq",
+    "dead",
+    "nonfinite",
+    "elements",
+    "backwards",
+)
+
+FLOATING_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_library = torch.library.Library("vgkern", "DEF")
+_library.define(
+    "batch_norm_act_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? running_mean,"
+    " Tensor? running_var, Tensor? activation_weight, bool training, float eps, str activation,"
+    " float[] activation_args, bool save_mask) -> (Tensor y, Tensor statistics, Tensor mask)"
+)
+_library.define(
+    "batch_norm_act_backward(Tensor dy, Tensor x, Tensor? residual, Tensor? mask, Tensor? statistics, Tensor? weight,"
+    " Tensor? bias, Tensor? activation_weight, bool training, float eps, str activation, float[] activation_args,"
+    " float min_norm, float max_norm, bool[6] output_mask)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dactivation_weight, Tensor record)"
+)
+
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """Per-channel statistics and the record are float64, which costs nothing at C values; MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def geometry(x: Tensor) -> tuple[int, int, int]:
+    """(N, C, S) of x: batch, channels, elements of a plane. A tensor of rank 0 or 1 (mode "none") is one channel."""
+    if x.dim() < 2:
+        return 1, 1, x.numel()
+    return x.shape[0], x.shape[1], math.prod(x.shape[2:])
+
+
+def is_rows(x: Tensor) -> bool:
+    """Whether x lies in memory as rows of C channels (channels_last, or planes of one element) and not as planes."""
+    return x.dim() >= 2 and (not x.is_contiguous() or math.prod(x.shape[2:]) == 1)
+
+
+def mask_geometry(x: Tensor) -> tuple[int, int]:
+    """(outer, inner): x's memory as ``outer`` runs of ``inner`` elements, each with bytes of its own in the mask."""
+    n, c, s = geometry(x)
+    return (n * s, c) if is_rows(x) else (n * c, s)
+
+
+def needs_mask(activation: str, has_residual: bool) -> bool:
+    return has_residual and TABLE[activation].backward_reads == "mask"
+
+
+def _empty(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return like.new_empty((0,), dtype=dtype)
+
+
+def _forward_fake(
+    x, residual, weight, bias, running_mean, running_var, activation_weight,
+    training, eps, activation, activation_args, save_mask,
+):  # fmt: skip
+    statistics = _empty(x, statistics_dtype(x.device))
+    if training or running_mean is not None:
+        statistics = statistics.new_empty((3, x.shape[1]))
+    mask = _empty(x, torch.uint8)
+    if save_mask and needs_mask(activation, residual is not None):
+        outer, inner = mask_geometry(x)
+        mask = mask.new_empty((outer, (inner + 7) // 8))
+    return torch.empty_like(x), statistics, mask
+
+
+def _backward_fake(
+    dy, x, residual, mask, statistics, weight, bias, activation_weight,
+    training, eps, activation, activation_args, min_norm, max_norm, output_mask,
+):  # fmt: skip
+    channels = geometry(x)[1]
+    param_dtype = next((p.dtype for p in (weight, bias) if p is not None), x.dtype)
+    like = (
+        lambda: torch.empty_like(x),
+        lambda: torch.empty_like(x),
+        lambda: x.new_empty((channels,), dtype=param_dtype),
+        lambda: x.new_empty((channels,), dtype=param_dtype),
+        lambda: torch.empty_like(activation_weight),
+        lambda: x.new_empty((len(RECORD_FIELDS),), dtype=statistics_dtype(x.device)),
+    )
+    return tuple(make() if wanted else _empty(x) for make, wanted in zip(like, output_mask, strict=True))
+
+
+def _forward(x, *args):
+    if x.numel() == 0:
+        y, statistics, mask = _forward_fake(x, *args)
+        return y, statistics.zero_(), mask
+    return backends.of(x).batch_norm_act_forward(x, *args)
+
+
+def _backward(dy, *args):
+    if dy.numel() == 0:
+        *gradients, record = _backward_fake(dy, *args)
+        if record.numel():
+            record.zero_()[RECORD_FIELDS.index("backwards")] = 1
+        return *(gradient.zero_() for gradient in gradients), record
+    return backends.of(dy).batch_norm_act_backward(dy, *args)
+
+
+for _name, _implementation, _fake in (
+    ("batch_norm_act_forward", _forward, _forward_fake),
+    ("batch_norm_act_backward", _backward, _backward_fake),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vgkern::{_name}", _fake, lib=_library)
+
+batch_norm_act_forward = torch.ops.vgkern.batch_norm_act_forward.default
+batch_norm_act_backward = torch.ops.vgkern.batch_norm_act_backward.default
+
+
+def check(
+    input: Tensor,
+    residual: Tensor | None,
+    spec: ActivationSpec,
+    activation_weight: Tensor | None,
+) -> None:
+    """Refuse what neither function takes, before anything has changed."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
+    if input.is_nested:
+        raise RuntimeError("input: nested tensors have no batch dimension to normalise over; got a nested tensor")
+    if input.layout is not torch.strided or input.is_quantized:
+        kind = "quantized" if input.is_quantized else input.layout
+        raise NotImplementedError(f"input: expected a dense (strided) tensor, got {kind}")
+    if input.dtype not in FLOATING_DTYPES:
+        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING_DTYPES)
+        raise NotImplementedError(f'"batch_norm_act" not implemented for input of {input.dtype}; wanted: {wanted}')
+    if residual is not None:
+        if residual.shape != input.shape:
+            raise RuntimeError(
+                f"residual: expected the shape of input, {tuple(input.shape)}, got {tuple(residual.shape)}"
+            )
+        if residual.device != input.device:
+            raise RuntimeError(f"residual: expected on the device of input, {input.device}, got {residual.device}")
+        if residual.layout is not torch.strided or residual.is_complex():
+            raise NotImplementedError(f"residual: expected a dense real tensor, got {residual.layout} {residual.dtype}")
+    if spec.row.learnable != (activation_weight is not None):
+        state = "needs" if spec.row.learnable else "takes no"
+        raise ValueError(f"activation_weight: activation {spec.name!r} {state} weight, got {activation_weight!r}")
+    if activation_weight is not None:
+        channels = input.shape[1] if input.dim() >= 2 else 1
+        if activation_weight.dim() > 1 or activation_weight.numel() not in (1, channels):
+            raise RuntimeError(
+                f"activation_weight: expected 1 or {channels} elements (the channels of input), "
+                f"got shape {tuple(activation_weight.shape)}"
+            )
+        if activation_weight.dtype not in _parameter_dtypes(input.dtype):
+            raise RuntimeError(
+                f"activation_weight: expected {_either(input.dtype)} beside input of {input.dtype}, "
+                f"got {activation_weight.dtype}"
+            )
+        if activation_weight.device != input.device:
+            raise RuntimeError(
+                f"activation_weight: expected on the device of input, {input.device}, got {activation_weight.device}"
+            )
+
+
+def check_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+) -> None:
+    """Refuse what ``torch.nn.functional.batch_norm`` refuses, with its exception types, and what it should."""
+    if input.dim() < 2:
+        raise IndexError(f"input: expected at least 2 dimensions (N, C, ...), got {input.dim()}D")
+    channels = input.shape[1]
+    if training and input.shape[0] * math.prod(input.shape[2:]) == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
+    if not (eps > 0 or (eps == 0 and not training)):  # written so that NaN is refused
+        wanted = "positive during training" if training else "non-negative"
+        raise ValueError(f"batch_norm eps must be {wanted}, but got {eps}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if not training and running_mean is None:
+        raise RuntimeError("running_mean and running_var must be defined in evaluation mode, got None")
+
+    for name, tensor in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dim() != 1 or tensor.shape[0] != channels:
+            raise RuntimeError(
+                f"{name} should contain {channels} elements (the channels of input), got shape {tuple(tensor.shape)}"
+            )
+        if tensor.device != input.device:
+            raise RuntimeError(f"{name}: expected on the device of input, {input.device}, got {tensor.device}")
+        if tensor.dtype not in _parameter_dtypes(input.dtype):
+            raise RuntimeError(
+                f"{name}: mixed dtype: expected {_either(input.dtype)} beside input of {input.dtype}, got {tensor.dtype}"
+            )
+        if name.startswith("running") and tensor.requires_grad:
+            raise RuntimeError(f"{name}: batch_norm is not differentiable with respect to it; got requires_grad=True")
+    for (first, a), (second, b) in (
+        (("weight", weight), ("bias", bias)),
+        (("running_mean", running_mean), ("running_var", running_var)),
+    ):
+        if a is not None and b is not None and a.dtype != b.dtype:
+            raise RuntimeError(f"{first} and {second}: expected one dtype, got {a.dtype} and {b.dtype}")
+
+
+def _parameter_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    return (dtype, torch.float32) if dtype in (torch.bfloat16, torch.float16) else (dtype,)
+
+
+def _either(dtype: torch.dtype) -> str:
+    return " or ".join(str(candidate) for candidate in _parameter_dtypes(dtype))
