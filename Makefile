@@ -12,6 +12,9 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
+bench: $(VENV)/.built
+	$(BIN)/python -m benchmarks micro --layout contiguous channels_last --dtype float32 bfloat16
+
 lint: $(VENV)/.linters
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -37,5 +40,5 @@ $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 $(VENV)/.linters: $(VENV)/.built
-	$(BIN)/python -m pip install -q ".[lint]" --no-build-isolation --no-deps
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test,lint]"
 	touch $@
