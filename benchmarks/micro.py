@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import vgkern
 from torch import Tensor
+
+import vgkern
 from vgkern.testing import compare, format_rows
 
 from .timing import Timing, interleave
@@ -31,7 +32,14 @@ class Configuration:
     """One row: a layer with its input, as vgkern and as eager PyTorch."""
 
     def __init__(
-        self, shape: tuple[int, ...], dtype: str, layout: str, activation: str, residual: bool, training: bool, device: str
+        self,
+        shape: tuple[int, ...],
+        dtype: str,
+        layout: str,
+        activation: str,
+        residual: bool,
+        training: bool,
+        device: str,
     ) -> None:
         self.labels = {
             "shape": "x".join(map(str, shape)), "dtype": dtype, "layout": layout, "activation": activation,
@@ -94,7 +102,9 @@ def run(args: argparse.Namespace) -> int:
         f"torch {torch.__version__}, vgkern {vgkern.__version__} ({vgkern.backends.name_of(args.device)}), "
         f"{torch.get_num_threads()} threads, {platform.machine()}; medians of {args.rounds} interleaved rounds, in ms"
     )
-    header = f"{'shape':>16} {'dtype':9}{'layout':14}{'activation':12}{'pass':9}{'eager':>9}{'vgkern':>9}{'speed-up':>9}"
+    header = (
+        f"{'shape':>16} {'dtype':9}{'layout':14}{'activation':12}{'pass':9}{'eager':>9}{'vgkern':>9}{'speed-up':>9}"
+    )
     print(header)
     rows: list[dict[str, Any]] = []
     failed = False

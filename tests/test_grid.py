@@ -1,4 +1,4 @@
-"""The numerical grid: what ``vgkern verify --full`` runs, on every backend. The engine itself is put to the test too."""
+"""The numerical grid, which is what ``vgkern verify --full`` runs, on every backend; and the engine itself."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+
 import vgkern
 from vgkern import testing
 from vgkern.verify import Case, cases
@@ -125,7 +126,9 @@ def test_verify_refuses_what_it_does_not_know():
 
 def test_progress_and_report():
     seen = []
-    report = vgkern.verify("reference", activations=["identity"], progress=lambda done, total: seen.append((done, total)))
+    report = vgkern.verify(
+        "reference", activations=["identity"], progress=lambda done, total: seen.append((done, total))
+    )
     assert report.ok
     assert seen[-1] == (len(report.rows), len(report.rows))
     assert report.to_dict()["rows"][0]["case"]["activation"] == "identity"

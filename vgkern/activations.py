@@ -29,7 +29,7 @@ class Activation:
     ``on(z, *arguments)``, if given, says that φ is made of two straight pieces as far as its derivative goes:
     φ' is ``slopes(*arguments)[0]`` where it is true and ``slopes(*arguments)[1]`` elsewhere. One bit an element then
     holds all that the backward pass needs to know of z. Comparisons are written so that NaN falls on the side on which
-    PyTorch's backward puts it. ``kinks(*arguments)`` lists the points where φ or φ' is not smooth: they are test points.
+    PyTorch's backward puts it. ``kinks(*arguments)`` lists the points where φ or φ' is not smooth, for the tests.
     """
 
     name: str
@@ -151,17 +151,16 @@ def resolve(activation: str | nn.Module | None, activation_args: Mapping[str, An
             f"activation: expected a name, a torch.nn activation module or None, got {type(activation).__name__}"
         )
     if activation not in TABLE:
-        close = difflib.get_close_matches(activation, TABLE, n=1, cutoff=0.0)
+        close = difflib.get_close_matches(activation.lower(), TABLE, n=1, cutoff=0.0)
         raise ValueError(
             f"activation: unknown name {activation!r}; did you mean {close[0]!r}? Known names: {', '.join(TABLE)}"
         )
     row = TABLE[activation]
     given = dict(activation_args or {})
-    if row.learnable:  # how the layer makes its weight; the operator itself receives the weight, not these
-        given = {name: value for name, value in given.items() if name not in ("num_parameters", "init")}
     for name in given:
         if name not in row.arguments:
-            takes = ", ".join(row.arguments) or ("num_parameters, init" if row.learnable else "no arguments")
+            # How a layer makes its weight is the layer's affair; a function is given the weight itself.
+            takes = ", ".join(row.arguments) or ("num_parameters, init (layers)" if row.learnable else "no arguments")
             raise ValueError(f"activation_args: {activation!r} does not take {name!r}; it takes {takes}")
     return ActivationSpec(
         activation, tuple(_encode(row, name, given.get(name, default)) for name, default in row.arguments.items())

@@ -68,9 +68,7 @@ class _BatchNormAct(torch.autograd.Function):
         x, residual, mask, statistics, weight, bias, activation_weight, running_mean, running_var = ctx.saved_tensors
         config = ctx.config
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _second_order(
-                ctx, dy, x, residual, mask, weight, bias, activation_weight, running_mean, running_var
-            )
+            return _second_order(ctx, dy, x, residual, mask, weight, bias, activation_weight, running_mean, running_var)
         need_x, need_residual, need_weight, need_bias, need_activation_weight, need_record, *_ = ctx.needs_input_grad
         # Without normalisation dz is dx: one tensor serves both.
         shared = statistics is None and config.min_norm == 0 and config.max_norm == math.inf
@@ -139,7 +137,9 @@ def resolve_bounds(grad_norm_bounds: Bounds | None) -> tuple[float, float]:
     """
     if grad_norm_bounds is None:
         return 0.0, math.inf
-    message = f"grad_norm_bounds: expected (low, high) with 0 <= low <= high, either may be None; got {grad_norm_bounds!r}"
+    message = (
+        f"grad_norm_bounds: expected (low, high) with 0 <= low <= high, either may be None; got {grad_norm_bounds!r}"
+    )
     try:
         low, high = grad_norm_bounds
         low, high = 0.0 if low is None else float(low), math.inf if high is None else float(high)
@@ -180,10 +180,24 @@ def apply(
     differentiable = (input, residual, weight, bias, activation_weight)
     records = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     config = _Config(training, eps, spec.name, spec.args, *bounds, records)
-    y, statistics, _ = _BatchNormAct.apply(*differentiable, probe if records else None, running_mean, running_var, config)
-    if spec.name == "prelu" and torch.is_autocast_enabled(input.device.type):
-        y = y.to(torch.get_autocast_dtype(input.device.type))  # the one activation that autocast runs in low precision
+    y, statistics, _ = _BatchNormAct.apply(
+        *differentiable, probe if records else None, running_mean, running_var, config
+    )
+    device_type = input.device.type
+    if (
+        spec.name in _AUTOCAST.get(device_type, ())
+        and torch.is_autocast_enabled(device_type)
+        and y.dtype != torch.float64
+    ):
+        y = y.to(_AUTOCAST[device_type][spec.name] or torch.get_autocast_dtype(device_type))
     return y, statistics
+
+
+# The activations that stand in one of autocast's lists, with the dtype that they get there; None for autocast's own.
+_AUTOCAST: dict[str, dict[str, torch.dtype | None]] = {
+    "cpu": {"prelu": None},
+    "cuda": {"prelu": None, "softplus": torch.float32},
+}
 
 
 def update_running_statistics(
@@ -252,7 +266,7 @@ def batch_norm_act(
         activation_weight = activation.weight
     bounds = resolve_bounds(grad_norm_bounds)
     ops.check(input, residual, spec, activation_weight)
-    ops.check_batch_norm(input, running_mean, running_var, weight, bias, training, eps)
+    ops.check_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     y, statistics = apply(
         input, residual, weight, bias, activation_weight, None, running_mean, running_var, training, eps, spec, bounds
     )

@@ -44,6 +44,7 @@ Backward: with ``dz = φ'(z)·dy`` and m elements a channel::
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -179,44 +180,34 @@ def check(
     activation_weight: Tensor | None,
 ) -> None:
     """Refuse what neither function takes, before anything has changed."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input: expected a Tensor, got {type(input).__name__}")
-    if input.is_nested:
-        raise RuntimeError("input: nested tensors have no batch dimension to normalise over; got a nested tensor")
-    if input.layout is not torch.strided or input.is_quantized:
-        kind = "quantized" if input.is_quantized else input.layout
-        raise NotImplementedError(f"input: expected a dense (strided) tensor, got {kind}")
+    _check_dense("input", input)
     if input.dtype not in FLOATING_DTYPES:
         wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING_DTYPES)
         raise NotImplementedError(f'"batch_norm_act" not implemented for input of {input.dtype}; wanted: {wanted}')
     if residual is not None:
+        _check_dense("residual", residual)
         if residual.shape != input.shape:
             raise RuntimeError(
                 f"residual: expected the shape of input, {tuple(input.shape)}, got {tuple(residual.shape)}"
             )
         if residual.device != input.device:
             raise RuntimeError(f"residual: expected on the device of input, {input.device}, got {residual.device}")
-        if residual.layout is not torch.strided or residual.is_complex():
-            raise NotImplementedError(f"residual: expected a dense real tensor, got {residual.layout} {residual.dtype}")
+        if residual.is_complex() or (residual.is_floating_point() and residual.dtype not in FLOATING_DTYPES):
+            raise NotImplementedError(
+                f"residual: expected a dtype that promotes with {input.dtype}, got {residual.dtype}"
+            )
     if spec.row.learnable != (activation_weight is not None):
         state = "needs" if spec.row.learnable else "takes no"
         raise ValueError(f"activation_weight: activation {spec.name!r} {state} weight, got {activation_weight!r}")
     if activation_weight is not None:
+        _check_dense("activation_weight", activation_weight)
         channels = input.shape[1] if input.dim() >= 2 else 1
         if activation_weight.dim() > 1 or activation_weight.numel() not in (1, channels):
             raise RuntimeError(
                 f"activation_weight: expected 1 or {channels} elements (the channels of input), "
                 f"got shape {tuple(activation_weight.shape)}"
             )
-        if activation_weight.dtype not in _parameter_dtypes(input.dtype):
-            raise RuntimeError(
-                f"activation_weight: expected {_either(input.dtype)} beside input of {input.dtype}, "
-                f"got {activation_weight.dtype}"
-            )
-        if activation_weight.device != input.device:
-            raise RuntimeError(
-                f"activation_weight: expected on the device of input, {input.device}, got {activation_weight.device}"
-            )
+        _check_beside("activation_weight", activation_weight, input)
 
 
 def check_batch_norm(
@@ -226,48 +217,64 @@ def check_batch_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
+    momentum: float,
     eps: float,
 ) -> None:
     """Refuse what ``torch.nn.functional.batch_norm`` refuses, with its exception types, and what it should."""
+    per_channel = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    per_channel = {name: tensor for name, tensor in per_channel.items() if tensor is not None}
+    for name, tensor in per_channel.items():
+        _check_dense(name, tensor)
+    if not isinstance(momentum, (numbers.Real, torch.SymFloat)):
+        raise TypeError(f"momentum: expected a number, got {momentum!r}")
+    if training and (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if not training:
+        for name in ("running_mean", "running_var"):
+            if name not in per_channel:
+                raise RuntimeError(f"{name} must be defined in evaluation mode, got None")
     if input.dim() < 2:
-        raise IndexError(f"input: expected at least 2 dimensions (N, C, ...), got {input.dim()}D")
+        # PyTorch compares the tensors of (C,) first, and looks for a second dimension only where there are none.
+        kind = RuntimeError if per_channel else IndexError
+        raise kind(f"input: expected at least 2 dimensions (N, C, ...), got {input.dim()}D")
     channels = input.shape[1]
     if training and input.shape[0] * math.prod(input.shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
     if not (eps > 0 or (eps == 0 and not training)):  # written so that NaN is refused
         wanted = "positive during training" if training else "non-negative"
         raise ValueError(f"batch_norm eps must be {wanted}, but got {eps}")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
-    if not training and running_mean is None:
-        raise RuntimeError("running_mean and running_var must be defined in evaluation mode, got None")
 
-    for name, tensor in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if tensor is None:
-            continue
+    for name, tensor in per_channel.items():
         if tensor.dim() != 1 or tensor.shape[0] != channels:
             raise RuntimeError(
                 f"{name} should contain {channels} elements (the channels of input), got shape {tuple(tensor.shape)}"
             )
-        if tensor.device != input.device:
-            raise RuntimeError(f"{name}: expected on the device of input, {input.device}, got {tensor.device}")
-        if tensor.dtype not in _parameter_dtypes(input.dtype):
-            raise RuntimeError(
-                f"{name}: mixed dtype: expected {_either(input.dtype)} beside input of {input.dtype}, got {tensor.dtype}"
-            )
+        _check_beside(name, tensor, input)
         if name.startswith("running") and tensor.requires_grad:
             raise RuntimeError(f"{name}: batch_norm is not differentiable with respect to it; got requires_grad=True")
-    for (first, a), (second, b) in (
-        (("weight", weight), ("bias", bias)),
-        (("running_mean", running_mean), ("running_var", running_var)),
-    ):
-        if a is not None and b is not None and a.dtype != b.dtype:
-            raise RuntimeError(f"{first} and {second}: expected one dtype, got {a.dtype} and {b.dtype}")
+    if len({tensor.dtype for tensor in per_channel.values()}) > 1:
+        given = ", ".join(f"{name} of {tensor.dtype}" for name, tensor in per_channel.items())
+        raise RuntimeError(f"mixed dtype: expected one dtype for all tensors of (C,), got {given}")
+
+
+def _check_dense(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        raise RuntimeError(f"{name}: expected a dense (strided) tensor, got a nested tensor")
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        kind = "quantized" if tensor.is_quantized else tensor.layout
+        raise NotImplementedError(f"{name}: expected a dense (strided) tensor, got {kind}")
+
+
+def _check_beside(name: str, tensor: Tensor, input: Tensor) -> None:
+    """Device and dtype of a parameter or statistic."""
+    if tensor.device != input.device:
+        raise RuntimeError(f"{name}: expected on the device of input, {input.device}, got {tensor.device}")
+    if tensor.dtype not in _parameter_dtypes(input.dtype):
+        raise RuntimeError(
+            f"{name}: mixed dtype: expected {_either(input.dtype)} beside input of {input.dtype}, got {tensor.dtype}"
+        )
 
 
 def _parameter_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from . import activations, backends
 from . import nn as fused
@@ -75,7 +74,7 @@ class Case:
         if not all(row.ok for row in rows):
             raise AssertionError(f"{self} on {backend}:\n{format_rows(rows)}")
 
-    def make(self) -> tuple[nn.Module, torch.Tensor, torch.Tensor | None]:
+    def make(self) -> tuple[Any, torch.Tensor, torch.Tensor | None]:
         """(layer, input, residual)."""
         generator = torch.Generator().manual_seed(0)
         device = _device()
@@ -181,7 +180,7 @@ class CaseResult:
 
     @property
     def worst(self) -> float:
-        """The largest excess over PyTorch's error, in units in the last place (at most 1 where all is well)."""
+        """The largest error beyond PyTorch's, as a share of what is allowed; at most 1 where all is well."""
         return max((row.excess for row in self.rows if not row.name.startswith("record.")), default=float("inf"))
 
     @property
@@ -231,7 +230,7 @@ class VerifyReport:
 
     def __str__(self) -> str:
         names = list(dict.fromkeys(row.backend for row in self.rows))
-        lines = ["Error beyond PyTorch's own, in units in the last place of the largest value (allowed: 1)"]
+        lines = ["Largest error beyond PyTorch's own, as a share of what is allowed: one unit in the last place"]
         lines += [f"{'':14}" + "".join(f"{name:>22}" for name in names)]
         for activation in dict.fromkeys(row.case.activation for row in self.rows):
             cells = []

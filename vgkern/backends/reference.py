@@ -1,8 +1,8 @@
 """The operators in plain PyTorch: any device, any dtype, and every backend's double backward.
 
-All arithmetic is float64 (float32 on devices that have none) and rounded once, so it is right to half a unit in the last
-place and serves as the tests' second opinion. It makes float64 temporaries of x's size: it is meant for devices and
-builds that have no kernels, not for speed.
+All arithmetic is float64 (float32 on devices that have none) and rounded once, so it is right to half a unit in the
+last place and serves as the tests' second opinion. It makes float64 temporaries of x's size: it is meant for devices
+and builds that have no kernels, not for speed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def running_statistics(running_mean: Tensor, running_var: Tensor, eps: float) ->
 
 
 def _pre_activation(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, rstd: Tensor | None
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    mean: Tensor | None, rstd: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(x̂, z) in float64; x̂ is x without normalisation."""
     z = normalised = x.to(ops.statistics_dtype(x.device))
@@ -77,7 +78,7 @@ def _activate(z: Tensor, activation: str, args: Sequence[float], weight: Tensor 
 def _activation_backward(
     dy: Tensor, z: Tensor, activation: str, args: Sequence[float], weight: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """(φ'(z)·dy, gradient of the activation's weight) by PyTorch's own formulas; differentiable where grad is enabled."""
+    """(φ'(z)·dy, gradient of the activation's weight) by PyTorch's formulas; differentiable where grad is enabled."""
     create_graph = torch.is_grad_enabled()
 
     def leaf(t: Tensor) -> Tensor:
@@ -128,13 +129,13 @@ def differentiate(
         (dx, dz, dweight, dbias, dactivation_weight, record), all in float64. The factor that the norm's bounds put on
         dx counts as a constant.
     """
-    row = TABLE[activation]
+    on_of, slopes_of = TABLE[activation].on, TABLE[activation].slopes
     dy = dy.to(ops.statistics_dtype(x.device))
     normalised, z = _pre_activation(x, residual, weight, bias, mean, rstd)
     dactivation_weight = None
-    if row.on is not None:
-        on = row.on(z, *args) if mask is None else _unpack(mask, x)
-        slope_on, slope_off = row.slopes(*args)
+    if on_of is not None and slopes_of is not None:
+        on = on_of(z, *args) if mask is None else _unpack(mask, x)
+        slope_on, slope_off = slopes_of(*args)
         dz = torch.where(on, dy * slope_on, dy * slope_off if slope_off else 0.0)
         dead = torch.zeros_like(on) if slope_off else ~on
     else:

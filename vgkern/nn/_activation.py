@@ -18,12 +18,15 @@ class ActivationMixin(nn.Module):
     def _init_activation(
         self, activation: str | nn.Module | None, activation_args: Mapping[str, Any] | None, device: Any, dtype: Any
     ) -> None:
-        self.activation = activations.resolve(activation, activation_args)
+        given = dict(activation_args or {})
+        weight_args = {}
+        if isinstance(activation, str) and activation in activations.TABLE and activations.TABLE[activation].learnable:
+            weight_args = {name: given.pop(name) for name in ("num_parameters", "init") if name in given}
+        self.activation = activations.resolve(activation, given)
         if isinstance(activation, nn.PReLU):
             self.activation_weight = activation.weight  # the same Parameter: an optimiser may hold it already
         elif self.activation.row.learnable:
-            given = dict(activation_args or {})
-            size, value = given.get("num_parameters", 1), given.get("init", 0.25)
+            size, value = weight_args.get("num_parameters", 1), weight_args.get("init", 0.25)
             self.activation_weight = nn.Parameter(torch.full((size,), value, device=device, dtype=dtype))
         else:
             # Not registered: state_dict and named_parameters are those of nn.BatchNorm*d to the letter.

@@ -72,17 +72,21 @@ class _BatchNormAct(GradRecordMixin, ActivationMixin, _NormBase):
         takes_running = self.running_mean is not None and (not self.training or self.track_running_stats)
         running_mean, running_var = (self.running_mean, self.running_var) if takes_running else (None, None)
         ops.check(input, residual, self.activation, self.activation_weight)
-        ops.check_batch_norm(input, running_mean, running_var, self.weight, self.bias, uses_batch, self.eps)
+        ops.check_batch_norm(
+            input, running_mean, running_var, self.weight, self.bias, uses_batch,
+            0.0 if self.momentum is None else self.momentum, self.eps,
+        )  # fmt: skip
 
-        momentum: float | Tensor | None = self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if momentum is None:  # the cumulative average; tensor arithmetic, which compiles and runs on meta
-                momentum = self.num_batches_tracked.to(torch.get_default_dtype()).reciprocal()
         y, statistics = functional.apply(
             input, residual, self.weight, self.bias, self.activation_weight, self._probe_on(input.device),
             running_mean, running_var, uses_batch, self.eps, self.activation, self._bounds,
         )  # fmt: skip
+        # State changes last: whatever raises above leaves the layer as it was.
+        momentum: float | Tensor | None = self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if momentum is None:  # the cumulative average; tensor arithmetic, which compiles and runs on meta
+                momentum = self.num_batches_tracked.to(ops.statistics_dtype(input.device)).reciprocal()
         if self.training and takes_running and input.numel() > 0:
             functional.update_running_statistics(
                 running_mean, running_var, statistics, 0.0 if momentum is None else momentum
