@@ -26,8 +26,9 @@ Layer = _BatchNormAct | fused.AddAct
 #: Relative tolerance of the record's norms: they are sums of float32 (or better) terms, kept in float64.
 RECORD_TOLERANCE = 1e-5
 
-#: Units in the last place beyond PyTorch's error. In float64 the judge rounds as the judged do: three are its own.
-ALLOWED_ULPS = {torch.float64: 4.0}
+#: Units in the last place beyond PyTorch's error; 1 but in float64, where the judge rounds as the judged do. Against
+#: 80-bit arithmetic the judge itself was off by 5 units in a sum of 140 terms, in PyTorch's own order of summation.
+ALLOWED_ULPS = {torch.float64: 8.0}
 
 #: Below this derivative, whether a unit counts as dead depends on the dtype.
 SATURATED = 1e-6
@@ -42,7 +43,7 @@ class Row:
         error: largest absolute error against float64; for a norm of the record, relative.
         torch_error: the same of PyTorch's own operations in the same dtype; 0 for the record.
         allowed: what ``error`` may exceed ``torch_error`` by: one unit in the last place of the largest value
-            (four in float64, where the judge rounds as well).
+            (eight in float64, where the judge rounds as well).
         ok: ``error <= torch_error + allowed``; False for NaN.
     """
 
