@@ -52,12 +52,15 @@ class _BatchNormAct(torch.autograd.Function):
         ctx.config = config
         ctx.has_mask = residual is not None and config.save_mask and ops.needs_mask(config.activation, True)
         ctx.has_statistics = config.training or running_mean is not None
-        reads_residual = activations.TABLE[config.activation].backward_reads == "z"
+        reads = activations.TABLE[config.activation].backward_reads
+        # For x̂, or for z; a sum under a mask, or under no activation at all, needs neither of its terms.
+        reads_x = ctx.has_statistics or not (ctx.has_mask or reads == "nothing")
+        ctx.memory_format = _memory_format(x)
         # The running statistics are saved, though their values are in `statistics`, so that autograd notices when a
         # training step changes them between an eval-mode forward and its backward.
         frozen = (None, None) if config.training else (running_mean, running_var)
         ctx.save_for_backward(
-            x, residual if reads_residual else None, mask if ctx.has_mask else None,
+            x if reads_x else None, residual if reads == "z" else None, mask if ctx.has_mask else None,
             statistics if ctx.has_statistics else None, weight, bias, activation_weight, *frozen,
         )  # fmt: skip
 
@@ -67,6 +70,9 @@ class _BatchNormAct(torch.autograd.Function):
             return (None,) * 9
         x, residual, mask, statistics, weight, bias, activation_weight, running_mean, running_var = ctx.saved_tensors
         config = ctx.config
+        dy = dy.contiguous(memory_format=ctx.memory_format)
+        if x is None:
+            x = dy  # for its shape, dtype and format
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _second_order(ctx, dy, x, residual, mask, weight, bias, activation_weight, running_mean, running_var)
         need_x, need_residual, need_weight, need_bias, need_activation_weight, need_record, *_ = ctx.needs_input_grad
@@ -74,7 +80,7 @@ class _BatchNormAct(torch.autograd.Function):
         shared = statistics is None and config.min_norm == 0 and config.max_norm == math.inf
         need_dx = need_x or (shared and need_residual)
         gradients = ops.batch_norm_act_backward(
-            _dense_like(dy, x), x, residual, mask, statistics, weight, bias, activation_weight,
+            dy, x, residual, mask, statistics, weight, bias, activation_weight,
             config.training, config.eps, config.activation, config.args, config.min_norm, config.max_norm,
             [need_dx, need_residual and not shared, need_weight, need_bias, need_activation_weight, need_record],
         )  # fmt: skip
@@ -124,9 +130,6 @@ def _memory_format(x: Tensor) -> torch.memory_format:
         return torch.contiguous_format
     return torch._prims_common.suggest_memory_format(x)
 
-
-def _dense_like(t: Tensor, x: Tensor) -> Tensor:
-    return t.contiguous(memory_format=_memory_format(x))
 
 
 def resolve_bounds(grad_norm_bounds: Bounds | None) -> tuple[float, float]:

@@ -34,6 +34,8 @@ Backward: with ``dz = φ'(z)·dy`` and m elements a channel::
 
 * ``residual`` is given where z must be recomputed from it, ``mask`` where that suffices, and both are None in a layer
   without residual.
+* ``x``: its values are not read in mode "none" where a mask is given or the activation is the identity; dy takes its
+  place then, so that the graph need not keep x.
 * ``min_norm``, ``max_norm``: bounds of the L2 norm of the whole dx; 0 and inf for none. dx is scaled by one factor so
   that its norm lies within; a zero or non-finite norm is left alone. Other gradients are not scaled.
 * ``output_mask``: which of dx, dresidual, dweight, dbias, dactivation_weight and record are wanted. What is not comes
@@ -108,6 +110,7 @@ def mask_geometry(x: Tensor) -> tuple[int, int]:
 
 
 def needs_mask(activation: str, has_residual: bool) -> bool:
+    """Whether the backward pass takes a mask, if one was saved."""
     return has_residual and TABLE[activation].backward_reads == "mask"
 
 

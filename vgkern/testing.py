@@ -27,8 +27,9 @@ Layer = _BatchNormAct | fused.AddAct
 RECORD_TOLERANCE = 1e-5
 
 #: Units in the last place beyond PyTorch's error; 1 but in float64, where the judge rounds as the judged do. Against
-#: 80-bit arithmetic the judge itself was off by 5 units in a sum of 140 terms, in PyTorch's own order of summation.
-ALLOWED_ULPS = {torch.float64: 8.0}
+#: 80-bit arithmetic the judge itself was off by 5 units in a sum of 140 terms, in PyTorch's own order of summation, and
+#: by 11 from PyTorch where a steep φ' magnifies what z is off by.
+ALLOWED_ULPS = {torch.float64: 16.0}
 
 #: Below this derivative, whether a unit counts as dead depends on the dtype.
 SATURATED = 1e-6
@@ -43,7 +44,7 @@ class Row:
         error: largest absolute error against float64; for a norm of the record, relative.
         torch_error: the same of PyTorch's own operations in the same dtype; 0 for the record.
         allowed: what ``error`` may exceed ``torch_error`` by: one unit in the last place of the largest value
-            (eight in float64, where the judge rounds as well).
+            (sixteen in float64, where the judge rounds as well).
         ok: ``error <= torch_error + allowed``; False for NaN.
     """
 
@@ -180,9 +181,12 @@ def _fused_results(
 
 
 def _near_kink(layer: Layer, z: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where rounding in ``dtype`` may move z across a kink of φ, so that either one-sided derivative is right."""
+    """Where rounding may move z across a kink of φ, so that either one-sided derivative is right.
+
+    z is computed in float32 from half-precision data, too: what PyTorch's own z loses there is PyTorch's error.
+    """
     near = torch.zeros_like(z, dtype=torch.bool)
-    scale = 64 * torch.finfo(dtype).eps
+    scale = 64 * min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     for kink in layer.activation.row.kinks(*layer.activation.args):
         near |= (z - kink).abs() <= scale * max(1.0, abs(kink), z.abs().max().item())
     return near

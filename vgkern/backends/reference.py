@@ -7,7 +7,7 @@ and builds that have no kernels, not for speed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -75,24 +75,16 @@ def _activate(z: Tensor, activation: str, args: Sequence[float], weight: Tensor 
     return reference(z, *args) if weight is None else reference(z, *args, weight.to(z.dtype))
 
 
-def _activation_backward(
-    dy: Tensor, z: Tensor, activation: str, args: Sequence[float], weight: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """(φ'(z)·dy, gradient of the activation's weight) by PyTorch's formulas; differentiable where grad is enabled."""
+def _pullback(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Callable[[Tensor], Sequence[Tensor]]:
+    """v ↦ v·∂function/∂input for each input, by PyTorch's own formulas; differentiable where grad is enabled."""
+    if torch._C._are_functorch_transforms_active():  # torch.func, which knows no leaves
+        return torch.func.vjp(function, *inputs)[1]
     create_graph = torch.is_grad_enabled()
-
-    def leaf(t: Tensor) -> Tensor:
-        return t if create_graph and t.requires_grad else t.detach().requires_grad_()
-
-    with torch.enable_grad():
-        z = leaf(z)
-        inputs = [z]
-        if weight is not None:
-            weight = leaf(weight)
-            inputs.append(weight)
-        y = _activate(z, activation, args, weight)
-        dz, *dweight = torch.autograd.grad(y, inputs, dy, create_graph=create_graph)
-    return dz, dweight[0] if dweight else None
+    # An operator that was called below autograd (under a TorchDispatchMode: a FLOP counter, say) differentiates too.
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
+        leaves = [t if create_graph and t.requires_grad else t.detach().requires_grad_() for t in inputs]
+        y = function(*leaves)
+    return lambda v: torch.autograd.grad(y, leaves, v, retain_graph=True, create_graph=create_graph)
 
 
 def _unpack(mask: Tensor, x: Tensor) -> Tensor:
@@ -139,9 +131,11 @@ def differentiate(
         dz = torch.where(on, dy * slope_on, dy * slope_off if slope_off else 0.0)
         dead = torch.zeros_like(on) if slope_off else ~on
     else:
-        dz, dactivation_weight = _activation_backward(dy, z, activation, args, activation_weight)
-        with torch.no_grad():
-            dead = _activation_backward(torch.ones_like(z), z, activation, args, activation_weight)[0] == 0
+        inputs = (z,) if activation_weight is None else (z, activation_weight.to(z.dtype))
+        pullback = _pullback(lambda z, weight=None: _activate(z, activation, args, weight), inputs)
+        dz, *rest = pullback(dy)
+        dactivation_weight = rest[0] if rest else None
+        dead = pullback(torch.ones_like(z))[0] == 0
 
     dbias, dweight = _sum(dz), _sum(dz * normalised)
     dx = dz

@@ -1,0 +1,635 @@
+#include "batch_norm.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <memory>
+
+#include "parallel.h"
+
+namespace vgkern {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+int64_t item_size(DataType dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+
+// ---- Where the tiles lie -------------------------------------------------------------------------------------------
+
+// Elements of a slice, the unit of work of a thread and of summation. Large enough that a slice's sums cost little
+// beside it, small enough that 2²⁰ elements feed 16 threads.
+constexpr int64_t kSliceElements = 32768;
+// A channel has at most this many slices, so that the sums of a huge tensor stay small.
+constexpr int64_t kMaxSlices = 256;
+// Across channels: a tile's rows are walked once for each vector of channels and should stay in the L1 cache.
+constexpr int64_t kTileElements = 4096;
+// Across channels: channels of a group. Sums take 56 bytes a channel and slice, so slices of few rows must be narrow.
+constexpr int64_t kGroupChannels = 256;
+// Across channels: what a group's x may take to still lie in the L2 cache when its second pass begins.
+constexpr int64_t kGroupBytes = 512 * 1024;
+
+// Cuts x into groups of channels and each group into slices; depends on the shape and the type only.
+//
+// Planes: a group is one channel; a slice is some planes of it, or a part of one. Rows: a group is some columns, a slice
+// some rows.
+class Grid {
+ public:
+  Grid(const Shape& shape, DataType dtype) : shape_(shape) {
+    if (shape.rows) {
+      height_ = shape.batch * shape.spatial;
+      group_ = std::min(shape.channels, kGroupChannels);
+      extent_ = std::max(ceil_div(kSliceElements, group_), ceil_div(height_, kMaxSlices));
+      slices_ = ceil_div(height_, extent_);
+      fits_cache_ = height_ * group_ * item_size(dtype) <= kGroupBytes;
+    } else {
+      height_ = shape.batch;
+      group_ = 1;
+      const int64_t elements = std::max(kSliceElements, ceil_div(shape.batch * shape.spatial, kMaxSlices));
+      part_ = round_up(ceil_div(shape.spatial, ceil_div(shape.spatial, elements)), kChannelPadding);
+      parts_ = ceil_div(shape.spatial, part_);
+      extent_ = std::max<int64_t>(1, elements / shape.spatial);
+      slices_ = parts_ * ceil_div(height_, extent_);
+      fits_cache_ = true;  // or else nothing is lost by taking one channel after the other
+    }
+    groups_ = ceil_div(shape.channels, group_);
+  }
+
+  int64_t groups() const { return groups_; }
+  int64_t slices() const { return slices_; }
+  int64_t slice_elements() const { return ceil_div(shape_.batch * shape_.spatial * group_, slices_); }
+  int64_t first_channel(int64_t group) const { return group * group_; }
+  int64_t end_channel(int64_t group) const { return std::min(shape_.channels, (group + 1) * group_); }
+  // The end of the sums that a tile of the group adds to: across, it adds whole vectors.
+  int64_t padded_end(int64_t group) const {
+    return shape_.rows ? round_up(end_channel(group), kChannelPadding) : end_channel(group);
+  }
+
+  // Whether each thread should take whole groups, one after the other: a group's second pass then finds it in cache.
+  bool by_groups(int threads) const {
+    const int64_t rounds = ceil_div(groups_, threads);
+    const bool balanced = rounds * threads - groups_ <= groups_ / 8;
+    return slices_ == 1 || (fits_cache_ && balanced);
+  }
+
+  // Calls run(tile) for the tiles of a slice, from its end to its start if `reverse`: a pass that follows another
+  // starts in what that one left in cache. `tile` has all but its geometry.
+  template <class Run>
+  void for_each_tile(Tile tile, int64_t group, int64_t slice, bool reverse, Run run) const {
+    if (!shape_.rows) {
+      const int64_t part = slice % parts_, plane = slice / parts_ * extent_;
+      const int64_t mask_bytes = ceil_div(shape_.spatial, 8);
+      const int64_t first = plane * shape_.channels + group;
+      tile.across = false;
+      tile.width = std::min(part_, shape_.spatial - part * part_);
+      tile.runs = std::min(extent_, height_ - plane);
+      tile.stride = shape_.channels * shape_.spatial;
+      tile.offset = first * shape_.spatial + part * part_;
+      tile.mask_stride = shape_.channels * mask_bytes;
+      tile.mask_offset = first * mask_bytes + part * part_ / 8;
+      run(tile);
+      return;
+    }
+    const int64_t channel = first_channel(group);
+    const int64_t begin = slice * extent_, end = std::min(height_, begin + extent_);
+    tile.across = true;
+    tile.width = end_channel(group) - channel;
+    tile.stride = shape_.channels;
+    tile.mask_stride = ceil_div(shape_.channels, 8);
+    const int64_t rows = std::clamp<int64_t>(kTileElements / tile.width, 8, 64);
+    const int64_t tiles = ceil_div(end - begin, rows);
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t row = begin + (reverse ? tiles - 1 - i : i) * rows;
+      tile.runs = std::min(rows, end - row);
+      tile.offset = row * tile.stride + channel;
+      tile.mask_offset = row * tile.mask_stride + channel / 8;
+      run(tile);
+    }
+  }
+
+ private:
+  Shape shape_;
+  int64_t height_;  // planes of a channel, or rows
+  int64_t group_, groups_, slices_;
+  int64_t extent_;  // planes or rows of a slice
+  int64_t part_ = 0, parts_ = 1;
+  bool fits_cache_;
+};
+
+// One step of a computation: first over the channels [begin, end), then over the slices of every group. Either may be
+// empty.
+struct Step {
+  std::function<void(int64_t begin, int64_t end)> channels;
+  std::function<void(int64_t group, int64_t slice)> slices;
+  bool reverse = false;
+};
+
+// ---- What both directions share ------------------------------------------------------------------------------------
+
+class Operation {
+ protected:
+  Operation(const KernelTable& table, const Common& call)
+      : table_(table),
+        kernels_(table.activations[call.activation]),
+        common_(call),
+        grid_(call.shape, call.dtype),
+        channels_(call.shape.channels),
+        count_(static_cast<double>(call.shape.batch * call.shape.spatial)),
+        channel_stride_(round_up(channels_, kChannelPadding)),
+        parameters_(allocate(kParameters)),
+        weight_(read(call.weight, channels_, 1.0)),
+        bias_(read(call.bias, channels_, 0.0)) {
+    base_.x = call.x;
+    base_.residual = call.residual;
+    base_.activation_args = call.activation_args.data();
+    base_.channel_stride = channel_stride_;
+    const Rows slope = read(call.activation_weight, call.activation_weight_size, 0.0);
+    for (int64_t c = 0; c < channels_; ++c) set(kActivationWeight, c, slope[call.activation_weight_size == 1 ? 0 : c]);
+  }
+
+  // Rows of channels, padded; not initialised.
+  using Rows = std::unique_ptr<double[]>;
+  Rows allocate(int64_t rows) const { return Rows(new double[rows * channel_stride_]); }
+
+  // A tensor of channels as doubles, or `missing` in its place.
+  Rows read(ChannelArray source, int64_t count, double missing) const {
+    Rows values = allocate(1);
+    if (source.data) {
+      table_.to_double[source.dtype](source.data, values.get(), count);
+    } else {
+      std::fill_n(values.get(), count, missing);
+    }
+    return values;
+  }
+
+  void set(Parameter which, int64_t channel, double value) {
+    const int64_t i = which * channel_stride_ + channel;
+    if (common_.dtype == kFloat64) {
+      parameters_[i] = value;
+    } else {
+      reinterpret_cast<float*>(parameters_.get())[i] = static_cast<float>(value);
+    }
+  }
+
+  // z = (x − mean)·weight·rstd + bias, from (x − pivot). Where |mean| is at most four deviations the pivot is 0, as
+  // x − 0 is exact; else it is the mean in R, and x − pivot is exact where x is close to it. A constant channel is its own
+  // pivot: z is then the bias to the bit. `var` is NaN where rstd alone is known. Returns mean − pivot.
+  double set_normalisation(int64_t channel, double mean, double rstd, double var) {
+    const double spread = std::isnan(var) ? 1.0 / (rstd * rstd) : var;
+    const double pivot = mean * mean <= 16.0 * spread ? 0.0 : round(mean);
+    const double rest = std::isfinite(pivot) ? mean - pivot : 0.0;
+    const double scale = weight_[channel] * rstd;
+    set(kPivot, channel, pivot);
+    set_scale(channel, scale);
+    set_shift(channel, bias_[channel] - rest * scale);
+    return rest;
+  }
+
+  // z = x to the bit: the shift keeps the sign of a zero.
+  void set_no_normalisation(int64_t channel) {
+    set(kPivot, channel, 0.0);
+    set_scale(channel, 1.0);
+    set_shift(channel, -0.0);
+  }
+
+  // To the type of arithmetic.
+  double round(double value) const { return common_.dtype == kFloat64 ? value : static_cast<float>(value); }
+
+  // The scale rounded towards zero and its remainder. They agree in sign and the remainder is not 0 unless the scale is,
+  // so that an infinite x gives an infinite z; what stands in for a remainder of 0 is too small to change any z.
+  void set_scale(int64_t channel, double scale) {
+    double high = round(scale);
+    if (std::abs(high) > std::abs(scale)) high = std::nextafter(static_cast<float>(high), 0.0f);
+    const double low = round(scale - high);
+    set(kScale, channel, high);
+    set(kScaleLow, channel, low != 0.0 ? low : scale * 0x1p-60);
+  }
+
+  // −0 where nothing remains: it changes no sum.
+  void set_shift(int64_t channel, double shift) {
+    const double high = round(shift), low = shift - high;
+    set(kShift, channel, high);
+    set(kShiftLow, channel, low != 0.0 && std::isfinite(low) ? low : -0.0);
+  }
+
+  const char* parameters_of(int64_t channel) const {
+    const int64_t size = common_.dtype == kFloat64 ? sizeof(double) : sizeof(float);
+    return reinterpret_cast<const char*>(parameters_.get()) + channel * size;
+  }
+
+  void run_tiles(TileFunction function, Tile tile, int64_t group, int64_t slice, bool reverse = false) const {
+    tile.parameters = parameters_of(grid_.first_channel(group));
+    grid_.for_each_tile(tile, group, slice, reverse, function);
+  }
+
+  // Runs steps in order. Either a thread takes a group through all of them, or all threads share each step.
+  void run(const std::vector<Step>& steps) const {
+    const int64_t groups = grid_.groups(), slices = grid_.slices(), cost = grid_.slice_elements();
+    if (grid_.by_groups(common_.threads)) {
+      parallel_ranges(common_.threads, groups, cost * slices, [&](int64_t begin, int64_t end) {
+        for (int64_t group = begin; group < end; ++group) {
+          for (const Step& step : steps) {
+            if (step.channels) step.channels(grid_.first_channel(group), grid_.end_channel(group));
+            if (!step.slices) continue;
+            for (int64_t i = 0; i < slices; ++i) step.slices(group, step.reverse ? slices - 1 - i : i);
+          }
+        }
+      });
+      return;
+    }
+    for (const Step& step : steps) {
+      if (step.channels) parallel_ranges(common_.threads, channels_, slices * kSums, step.channels);
+      if (!step.slices) continue;
+      parallel_ranges(common_.threads, groups * slices, cost, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t unit = step.reverse ? begin + end - 1 - i : i;
+          step.slices(unit % groups, unit / groups);
+        }
+      });
+    }
+  }
+
+  const KernelTable& table_;
+  const ActivationKernels& kernels_;
+  const Common& common_;
+  const Grid grid_;
+  const int64_t channels_;
+  const double count_;  // elements of a channel
+  const int64_t channel_stride_;
+  const Rows parameters_;  // R[kParameters][channel_stride_]
+  const Rows weight_, bias_;
+  Tile base_{};
+};
+
+// Sums over each slice, and their totals.
+class Sums {
+ public:
+  Sums(const Grid& grid, int64_t channel_stride, int rows)
+      : grid_(grid),
+        stride_(channel_stride),
+        rows_(rows),
+        parts_(new double[grid.slices() * rows * channel_stride]),
+        totals_(new double[rows * channel_stride]) {}
+
+  // Zeroes rows [first, last) of a slice and returns where the group's row 0 is.
+  double* start(int64_t group, int64_t slice, int first, int last) {
+    double* base = parts_.get() + slice * rows_ * stride_;
+    const int64_t begin = grid_.first_channel(group), end = grid_.padded_end(group);
+    for (int row = first; row < last; ++row) std::fill(base + row * stride_ + begin, base + row * stride_ + end, 0.0);
+    return base + begin;
+  }
+
+  // Adds up the slices, in order, for rows [first, last) of channels [begin, end).
+  void merge(int64_t begin, int64_t end, int first, int last) {
+    for (int row = first; row < last; ++row) {
+      double* total = totals_.get() + row * stride_;
+      std::fill(total + begin, total + end, 0.0);
+      for (int64_t slice = 0; slice < grid_.slices(); ++slice) {
+        const double* part = parts_.get() + (slice * rows_ + row) * stride_;
+        for (int64_t c = begin; c < end; ++c) total[c] += part[c];
+      }
+    }
+  }
+
+  double total(int row, int64_t channel) const { return totals_[row * stride_ + channel]; }
+
+ private:
+  const Grid& grid_;
+  const int64_t stride_;
+  const int rows_;
+  const std::unique_ptr<double[]> parts_, totals_;
+};
+
+// ---- Forward -------------------------------------------------------------------------------------------------------
+
+class ForwardPass : Operation {
+ public:
+  ForwardPass(const KernelTable& table, const Forward& call) : Operation(table, call), call_(call) {
+    base_.y = call.y;
+    base_.saved_mask = call.saved_mask;
+    base_.normalises = call.statistics;
+  }
+
+  void operator()() {
+    const auto write = [this](int64_t group, int64_t slice) {
+      run_tiles(kernels_.forward[call_.dtype], base_, group, slice, call_.training);
+    };
+    if (!call_.training) {
+      call_.statistics ? use_running_statistics() : use_no_statistics();
+      run({{nullptr, write}});
+      return;
+    }
+    Sums sums(grid_, channel_stride_, 2);
+    const Rows shift = allocate(1);
+    const auto start = [&](int64_t begin, int64_t end) { set_shift(shift.get(), begin, end); };
+    const auto measure = [&](int64_t group, int64_t slice) {
+      Tile tile = base_;
+      tile.sums = sums.start(group, slice, 0, 2);
+      run_tiles(table_.statistics[call_.dtype], tile, group, slice);
+    };
+    const auto settle = [&](int64_t begin, int64_t end) {
+      sums.merge(begin, end, 0, 2);
+      for (int64_t c = begin; c < end; ++c) {
+        settle_statistics(c, shift[c], sums.total(kDeviation, c), sums.total(kDeviationSquares, c));
+      }
+    };
+    // float64 measures a second time, from the mean itself, so that nothing cancels in var.
+    const auto restart = [&](int64_t begin, int64_t end) {
+      sums.merge(begin, end, 0, 1);
+      for (int64_t c = begin; c < end; ++c) {
+        shift[c] += sums.total(kDeviation, c) / count_;
+        set(kPivot, c, shift[c]);
+      }
+    };
+    if (call_.dtype == kFloat64) {
+      run({{start, measure}, {restart, measure}, {settle, write, true}});
+    } else {
+      run({{start, measure}, {settle, write, true}});
+    }
+  }
+
+ private:
+  // x is measured from its first element, so that neither a large mean nor a constant channel costs accuracy.
+  void set_shift(double* shift, int64_t begin, int64_t end) {
+    const int64_t pitch = call_.shape.rows ? 1 : call_.shape.spatial;
+    const auto* x = static_cast<const char*>(call_.x);
+    const auto convert = table_.to_double[call_.dtype];
+    if (pitch == 1) {
+      convert(x + begin * item_size(call_.dtype), shift + begin, end - begin);
+    } else {
+      for (int64_t c = begin; c < end; ++c) convert(x + c * pitch * item_size(call_.dtype), shift + c, 1);
+    }
+    for (int64_t c = begin; c < end; ++c) {
+      if (!std::isfinite(shift[c])) shift[c] = 0.0;
+      set(kPivot, c, shift[c]);
+    }
+  }
+
+  void settle_statistics(int64_t channel, double shift, double deviation, double squares) {
+    const double offset = deviation / count_;
+    const double mean = shift + offset;
+    // std::max returns its first argument where the second is NaN, so NaN has to come first.
+    const double var = std::max(squares / count_ - offset * offset, 0.0);
+    const double rstd = 1.0 / std::sqrt(var + call_.eps);
+    set_statistics(channel, mean, rstd, var * (count_ / (count_ - 1.0)));
+  }
+
+  void use_running_statistics() {
+    const Rows mean = read(call_.running_mean, channels_, 0.0), var = read(call_.running_var, channels_, 1.0);
+    for (int64_t c = 0; c < channels_; ++c) {
+      const double rstd = 1.0 / std::sqrt(var[c] + call_.eps);
+      set_statistics(c, mean[c], rstd, std::numeric_limits<double>::quiet_NaN());
+    }
+  }
+
+  void use_no_statistics() {
+    for (int64_t c = 0; c < channels_; ++c) set_no_normalisation(c);
+  }
+
+  void set_statistics(int64_t channel, double mean, double rstd, double var) {
+    set_normalisation(channel, mean, rstd, var);
+    call_.statistics[channel] = mean;
+    call_.statistics[channels_ + channel] = rstd;
+    call_.statistics[2 * channels_ + channel] = var;
+  }
+
+  const Forward& call_;
+};
+
+// ---- Backward ------------------------------------------------------------------------------------------------------
+
+// The part of Σdz² above which ‖dx‖² is taken from the closed form. The formula subtracts from Σdz² what mean and x̂
+// explain of it, with x̂ as rounded in float32 (6e-8 an element): at a tenth the difference is right to 1e-6. Below, the
+// norm is summed by the pass that writes dx.
+constexpr double kClosedFormShare = 0.1;
+
+int64_t count_nonfinite(const void* data, DataType dtype, int64_t count, int threads) {
+  // An exponent of all ones.
+  const auto scan = [&](auto bits, auto exponent) {
+    using Bits = decltype(bits);
+    const auto* values = static_cast<const Bits*>(data);
+    const int64_t blocks = ceil_div(count, kSliceElements);
+    std::vector<int64_t> found(blocks);
+    parallel_ranges(threads, blocks, kSliceElements, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t last = std::min(count, (block + 1) * kSliceElements);
+        for (int64_t i = block * kSliceElements; i < last; ++i) found[block] += (values[i] & exponent) == exponent;
+      }
+    });
+    int64_t total = 0;
+    for (int64_t n : found) total += n;
+    return total;
+  };
+  switch (dtype) {
+    case kFloat64:
+      return scan(uint64_t{}, uint64_t{0x7ff} << 52);
+    case kFloat32:
+      return scan(uint32_t{}, uint32_t{0xff} << 23);
+    case kBFloat16:
+      return scan(uint16_t{}, 0xff << 7);
+    default:
+      return scan(uint16_t{}, 0x1f << 10);
+  }
+}
+
+class BackwardPass : Operation {
+ public:
+  BackwardPass(const KernelTable& table, const Backward& call)
+      : Operation(table, call),
+        call_(call),
+        batch_mode_(call.training && call.statistics),
+        bounded_(call.min_norm > 0 || call.max_norm < std::numeric_limits<double>::infinity()),
+        sums_(grid_, channel_stride_, kSums),
+        dweight_(allocate(1)),
+        dbias_(allocate(1)),
+        mean_rest_(allocate(1)),
+        input_scale_(allocate(1)),
+        dx_squares_(allocate(1)),
+        cancels_(channels_, 0) {
+    base_.dy = call.dy;
+    base_.mask = call.mask;
+    base_.record = call.record;
+    base_.normalises = call.statistics;
+    base_.dx_factor = 1.0;
+    // Frozen statistics, z known from the mask, γ without a gradient: nothing reads x.
+    const bool dweight_wanted = call.weight.data && (call.dweight || call.record);
+    const bool reads_z = !call.mask && call.activation != kIdentity;
+    if (!batch_mode_ && !reads_z && !(call.statistics && dweight_wanted)) base_.x = nullptr;
+  }
+
+  void operator()() {
+    for (int64_t c = 0; c < channels_; ++c) set_channel(c);
+    const auto reduce_all = [this](int64_t group, int64_t slice) { reduce(group, slice, call_.dresidual); };
+    const auto apply_all = [this](int64_t group, int64_t slice) { apply(group, slice); };
+    const auto settle_norms_of = [this](int64_t begin, int64_t end) { settle_norms(begin, end); };
+    const auto settle = [&](int64_t begin, int64_t end) {
+      sums_.merge(begin, end, 0, kDxSquares);
+      for (int64_t c = begin; c < end; ++c) settle_channel(c);
+    };
+    if (batch_mode_ && call_.dx) {
+      run({{nullptr, reduce_all}, {settle, apply_all, true}, {settle_norms_of, nullptr}});
+    } else {
+      run({{nullptr, reduce_all}, {settle, nullptr}});
+    }
+    const double norm_squares = bound(add_up(dx_squares_.get()));
+    if (call_.record) write_record(norm_squares);
+    write_gradients();
+  }
+
+ private:
+  void set_channel(int64_t channel) {
+    mean_rest_[channel] = 0.0;
+    if (call_.statistics) {
+      const double mean = call_.statistics[channel], var = call_.statistics[2 * channels_ + channel];
+      mean_rest_[channel] = set_normalisation(channel, mean, rstd(channel), var);
+    } else {
+      set_no_normalisation(channel);
+    }
+    input_scale_[channel] = call_.statistics ? weight_[channel] * rstd(channel) : 1.0;
+    set(kInputScale, channel, input_scale_[channel]);
+  }
+
+  double rstd(int64_t channel) const { return call_.statistics[channels_ + channel]; }
+
+  // dx = scale·(dz − dβ/m − x̂·dγ/m) as a line in dz and in d = x − pivot.
+  void set_input_line(int64_t channel) {
+    const double slope = -input_scale_[channel] * rstd(channel) * dweight_[channel] / count_;
+    set(kInputSlope, channel, slope);
+    set(kInputShift, channel, -input_scale_[channel] * dbias_[channel] / count_ - mean_rest_[channel] * slope);
+  }
+
+  // Sums; and, with frozen statistics, dx.
+  void reduce(int64_t group, int64_t slice, void* dresidual) {
+    Tile tile = base_;
+    tile.sums = sums_.start(group, slice, 0, kDxSquares);
+    tile.dresidual = dresidual;
+    if (!batch_mode_) tile.dx = call_.dx;
+    run_tiles(kernels_.reduce[call_.dtype], tile, group, slice);
+  }
+
+  // dx, from dz as it was written where that is exact, else from dy again.
+  void apply(int64_t group, int64_t slice) {
+    Tile tile = base_;
+    tile.dx = call_.dx;
+    const int64_t begin = grid_.first_channel(group), end = grid_.end_channel(group);
+    const bool any_cancels =
+        std::any_of(cancels_.begin() + begin, cancels_.begin() + end, [](char cancels) { return cancels != 0; });
+    if (any_cancels) tile.sums = sums_.start(group, slice, kDxSquares, kSums);
+    const ActivationKernels* kernels = &kernels_;
+    if (call_.dresidual && item_size(call_.dtype) >= 4) {
+      kernels = &table_.activations[kIdentity];
+      tile.dy = call_.dresidual;
+    }
+    run_tiles(kernels->apply[call_.dtype], tile, group, slice, true);
+  }
+
+  // dγ, dβ, what dx takes from them, and ‖dx‖² in closed form.
+  void settle_channel(int64_t channel) {
+    const double dz = sums_.total(kDz, channel), squares = sums_.total(kDzSquares, channel);
+    const double scale = input_scale_[channel], rest = mean_rest_[channel];
+    dbias_[channel] = dz;
+    dweight_[channel] = call_.statistics ? (sums_.total(kDzDeviation, channel) - rest * dz) * rstd(channel) : 0.0;
+    double remaining = squares;
+    if (batch_mode_) {
+      const double r = rstd(channel), dweight = dweight_[channel];
+      const double kappa = 1.0 - call_.eps * r * r;  // Σx̂²/m
+      remaining -= (dz * dz + (2.0 - kappa) * dweight * dweight) / count_;
+      // Not comparable: NaN, which the sum over dx then shows.
+      const bool wanted = call_.dx && (call_.record || bounded_);
+      cancels_[channel] = wanted && squares != 0.0 && !(remaining > kClosedFormShare * squares);
+      set_input_line(channel);
+    }
+    dx_squares_[channel] = scale * scale * (remaining < 0.0 ? 0.0 : remaining);
+  }
+
+  void settle_norms(int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      if (!cancels_[c]) continue;
+      sums_.merge(c, c + 1, kDxSquares, kSums);
+      dx_squares_[c] = sums_.total(kDxSquares, c);
+    }
+  }
+
+  // Brings ‖dx‖ into its bounds, where it is not, by the pass that wrote dx once more, with a factor: a half-precision dx
+  // is rounded once. Returns ‖dx‖² as it is handed on.
+  double bound(double squares) {
+    const double norm = std::sqrt(squares);
+    if (!bounded_ || !(norm > 0.0) || !std::isfinite(norm)) return squares;
+    base_.dx_factor = std::clamp(norm, call_.min_norm, call_.max_norm) / norm;
+    if (base_.dx_factor == 1.0) return squares;
+    if (call_.dx) {
+      std::fill(cancels_.begin(), cancels_.end(), 0);  // the norm is known
+      run({{nullptr, [this](int64_t group, int64_t slice) {
+              batch_mode_ ? apply(group, slice) : reduce(group, slice, nullptr);
+            }}});
+    }
+    return squares * base_.dx_factor * base_.dx_factor;
+  }
+
+  double add_up(const double* channels) const {
+    double total = 0.0;
+    for (int64_t c = 0; c < channels_; ++c) total += channels[c];
+    return total;
+  }
+
+  double add_up(Sum row) const {
+    double total = 0.0;
+    for (int64_t c = 0; c < channels_; ++c) total += sums_.total(row, c);
+    return total;
+  }
+
+  double add_up_squares(const double* channels) const {
+    double total = 0.0;
+    for (int64_t c = 0; c < channels_; ++c) total += channels[c] * channels[c];
+    return total;
+  }
+
+  // In the order of vgkern.ops.RECORD_FIELDS.
+  void write_record(double dx_squares) const {
+    const double dy_squares = add_up(kDySquares);
+    const int64_t elements = call_.shape.batch * call_.shape.channels * call_.shape.spatial;
+    // Squares of finite float32 values do not overflow in float64: nothing to count unless the sum says so.
+    const int64_t nonfinite =
+        std::isfinite(dy_squares) ? 0 : count_nonfinite(call_.dy, call_.dtype, elements, call_.threads);
+    const double fields[kRecordFields] = {
+        dy_squares,
+        add_up(kDzSquares),
+        dx_squares,
+        call_.weight.data ? add_up_squares(dweight_.get()) : 0.0,
+        call_.bias.data ? add_up_squares(dbias_.get()) : 0.0,
+        add_up(kDead),
+        static_cast<double>(nonfinite),
+        static_cast<double>(elements),
+        1.0,
+    };
+    std::copy_n(fields, kRecordFields, call_.record);
+  }
+
+  void write_gradients() const {
+    const auto write = table_.from_double[call_.gradient_dtype];
+    if (call_.dweight) write(dweight_.get(), call_.dweight, channels_);
+    if (call_.dbias) write(dbias_.get(), call_.dbias, channels_);
+    if (!call_.dactivation_weight) return;
+    const bool shared = call_.activation_weight_size == 1;
+    const Rows gradient = allocate(1);
+    for (int64_t c = 0; c < channels_; ++c) gradient[c] = sums_.total(kActivationDweight, c);
+    if (shared) gradient[0] = add_up(kActivationDweight);
+    table_.from_double[call_.activation_weight.dtype](gradient.get(), call_.dactivation_weight,
+                                                      shared ? 1 : channels_);
+  }
+
+  const Backward& call_;
+  const bool batch_mode_, bounded_;
+  Sums sums_;
+  const Rows dweight_, dbias_, mean_rest_, input_scale_, dx_squares_;
+  std::vector<char> cancels_;
+};
+
+}  // namespace
+
+void batch_norm_act_forward(const KernelTable& table, const Forward& call) { ForwardPass(table, call)(); }
+
+void batch_norm_act_backward(const KernelTable& table, const Backward& call) { BackwardPass(table, call)(); }
+
+}  // namespace vgkern

@@ -1,0 +1,62 @@
+// Forward and backward of act(batch_norm(x) + residual) over whole tensors: raw pointers, sizes and a thread count.
+//
+// The arguments mean what vgkern/ops.py says; a null pointer stands for a tensor that is absent, or not wanted.
+// Results are the same bits for every thread count: sums are made over slices that depend on the shape alone and are
+// merged in order, in float64.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernel_table.h"
+
+namespace vgkern {
+
+// x as (batch, channels, spatial) planes, or, with `rows`, as batch·spatial rows of the channels.
+struct Shape {
+  int64_t batch, channels, spatial;
+  bool rows;
+};
+
+// A tensor of channels, in a type of its own.
+struct ChannelArray {
+  const void* data;
+  DataType dtype;
+};
+
+struct Common {
+  Shape shape;
+  DataType dtype;
+  int threads;
+  bool training;
+  double eps;
+  int activation;  // row of KernelTable::activations
+  std::vector<double> activation_args;
+  const void *x, *residual;
+  ChannelArray weight, bias, activation_weight;
+  int64_t activation_weight_size;  // 1 or channels; 1 where there is none
+};
+
+struct Forward : Common {
+  ChannelArray running_mean, running_var;
+  void* y;
+  double* statistics;   // (3, C), or null: no normalisation
+  uint8_t* saved_mask;  // where the backward will want it
+};
+
+constexpr int kRecordFields = 9;
+
+struct Backward : Common {
+  const void* dy;
+  const uint8_t* mask;
+  const double* statistics;  // (3, C), or null: no normalisation
+  double min_norm, max_norm;
+  void *dx, *dresidual, *dweight, *dbias, *dactivation_weight;
+  DataType gradient_dtype;  // of dweight and dbias; dactivation_weight has activation_weight's
+  double* record;           // (kRecordFields,)
+};
+
+void batch_norm_act_forward(const KernelTable& table, const Forward& call);
+void batch_norm_act_backward(const KernelTable& table, const Backward& call);
+
+}  // namespace vgkern

@@ -1,0 +1,116 @@
+// The Python module vgkern._C: pointers, sizes and type codes go in, nothing of torch is known here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "batch_norm.h"
+#include "dispatch.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+
+namespace vgkern {
+namespace {
+
+using Pointer = uintptr_t;  // of a tensor's first element; 0 for none
+
+template <class T>
+T* to(Pointer p) {
+  return reinterpret_cast<T*>(p);
+}
+
+template <class Call>
+Call common(bool rows, int64_t batch, int64_t channels, int64_t spatial, DataType dtype, int threads, bool training,
+            double eps, int activation, std::vector<double> activation_args, Pointer x, Pointer residual, Pointer weight,
+            Pointer bias, DataType parameter_dtype, Pointer activation_weight, DataType activation_weight_dtype,
+            int64_t activation_weight_size) {
+  Call call{};
+  call.shape = {batch, channels, spatial, rows};
+  call.dtype = dtype;
+  call.threads = threads;
+  call.training = training;
+  call.eps = eps;
+  call.activation = activation;
+  call.activation_args = std::move(activation_args);
+  call.x = to<const void>(x);
+  call.residual = to<const void>(residual);
+  call.weight = {to<const void>(weight), parameter_dtype};
+  call.bias = {to<const void>(bias), parameter_dtype};
+  call.activation_weight = {to<const void>(activation_weight), activation_weight_dtype};
+  call.activation_weight_size = activation_weight_size;
+  return call;
+}
+
+void forward(bool rows, int64_t batch, int64_t channels, int64_t spatial, int dtype, int threads, bool training,
+             double eps, int activation, std::vector<double> activation_args, Pointer x, Pointer residual,
+             Pointer weight, Pointer bias, int parameter_dtype, Pointer activation_weight, int activation_weight_dtype,
+             int64_t activation_weight_size, Pointer running_mean, Pointer running_var, int running_dtype, Pointer y,
+             Pointer statistics, Pointer saved_mask) {
+  auto call = common<Forward>(rows, batch, channels, spatial, DataType(dtype), threads, training, eps, activation,
+                              std::move(activation_args), x, residual, weight, bias, DataType(parameter_dtype),
+                              activation_weight, DataType(activation_weight_dtype), activation_weight_size);
+  call.running_mean = {to<const void>(running_mean), DataType(running_dtype)};
+  call.running_var = {to<const void>(running_var), DataType(running_dtype)};
+  call.y = to<void>(y);
+  call.statistics = to<double>(statistics);
+  call.saved_mask = to<uint8_t>(saved_mask);
+  batch_norm_act_forward(kernels(), call);
+}
+
+void backward(bool rows, int64_t batch, int64_t channels, int64_t spatial, int dtype, int threads, bool training,
+              double eps, int activation, std::vector<double> activation_args, Pointer x, Pointer residual,
+              Pointer weight, Pointer bias, int parameter_dtype, Pointer activation_weight,
+              int activation_weight_dtype, int64_t activation_weight_size, Pointer dy, Pointer mask, Pointer statistics,
+              double min_norm, double max_norm, Pointer dx, Pointer dresidual, Pointer dweight, Pointer dbias,
+              Pointer dactivation_weight, int gradient_dtype, Pointer record) {
+  auto call = common<Backward>(rows, batch, channels, spatial, DataType(dtype), threads, training, eps, activation,
+                               std::move(activation_args), x, residual, weight, bias, DataType(parameter_dtype),
+                               activation_weight, DataType(activation_weight_dtype), activation_weight_size);
+  call.dy = to<const void>(dy);
+  call.mask = to<const uint8_t>(mask);
+  call.statistics = to<const double>(statistics);
+  call.min_norm = min_norm;
+  call.max_norm = max_norm;
+  call.dx = to<void>(dx);
+  call.dresidual = to<void>(dresidual);
+  call.dweight = to<void>(dweight);
+  call.dbias = to<void>(dbias);
+  call.dactivation_weight = to<void>(dactivation_weight);
+  call.gradient_dtype = DataType(gradient_dtype);
+  call.record = to<double>(record);
+  batch_norm_act_backward(kernels(), call);
+}
+
+void apply_math(const std::string& name, Pointer in, Pointer out, int64_t count, bool is_double) {
+  const KernelTable& table = kernels();
+  const bool known = is_double ? table.apply_math_double(name.c_str(), to<const double>(in), to<double>(out), count)
+                               : table.apply_math_float(name.c_str(), to<const float>(in), to<float>(out), count);
+  if (!known) throw std::invalid_argument("no mathematical function '" + name + "'");
+}
+
+std::vector<std::string> activation_names() {
+  const KernelTable& table = kernels();
+  std::vector<std::string> names;
+  for (int i = 0; i < table.num_activations; ++i) names.push_back(table.activations[i].name);
+  return names;
+}
+
+}  // namespace
+}  // namespace vgkern
+
+PYBIND11_MODULE(_C, m) {
+  using namespace vgkern;
+  m.doc() = "Kernels for CPU tensors, behind vgkern.backends.cpu, which holds the order of the arguments.";
+  run_serially_after_fork();
+
+  m.def("batch_norm_act_forward", &forward, py::call_guard<py::gil_scoped_release>());
+  m.def("batch_norm_act_backward", &backward, py::call_guard<py::gil_scoped_release>());
+
+  m.def("dtype_names", [] { return std::vector<std::string>{"float32", "float64", "bfloat16", "float16"}; },
+        "Names of the types in the order of their codes.");
+  m.def("activation_names", &activation_names, "Names of the activations in the order of their codes.");
+  m.def("available_isas", &available_isas, "Instruction sets that this machine runs, the best first.");
+  m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");
+  m.def("apply_math", &apply_math, py::arg("name"), py::arg("in_ptr"), py::arg("out_ptr"), py::arg("n"),
+        py::arg("is_double"), "A function of csrc/simd_math.h over an array, in the instruction set in use; for tests.");
+  m.def("use_isa", &use_isa, py::arg("name"), "Switch the whole process to an instruction set; ValueError if unknown.");
+}

@@ -1,0 +1,115 @@
+// What the drivers (batch_norm.cpp) and the instruction sets (isa/*.cpp) agree on: a tile of memory, the numbers of its
+// channels, the sums made over it, and the table of functions that an instruction set provides.
+//
+// Nothing of the standard library's beyond <cstdint>: an inline function that the AVX-512 file emits is compiled for
+// AVX-512, and the linker keeps one copy for all.
+#pragma once
+
+#include <cstdint>
+
+namespace vgkern {
+
+enum DataType : int { kFloat32, kFloat64, kBFloat16, kFloat16, kDataTypes };
+
+// Arrays of channels are padded to a multiple of this many, so that every vector of them is whole.
+constexpr int64_t kChannelPadding = 16;
+
+// What a channel is multiplied and shifted by, in the type of arithmetic R (float; double for float64 tensors):
+//
+//     d = x − pivot      z = (d·scale + shift) + residual + (d·scale_low + shift_low)
+//     dx = (dz·input_scale + (d·input_slope + input_shift))·dx_factor
+//
+// The pivot is a number of type R at which x is not large against its deviation: the subtraction then loses nothing,
+// and what the exact mean differs by is in the shifts. With their low parts scale and shift are good to float64 where R is
+// float: an error of half a unit in the last place would be that of every element, and add up in dweight and dbias.
+enum Parameter : int {
+  kPivot,  // also the value from which the statistics measure
+  kScale,
+  kScaleLow,
+  kShift,
+  kShiftLow,
+  kActivationWeight,
+  kInputScale,
+  kInputSlope,
+  kInputShift,
+  kParameters
+};
+
+// What is summed over a channel, in float64. The statistics use the first two rows.
+enum Sum : int {
+  kDeviation = 0,         // x − pivot
+  kDeviationSquares = 1,  // its square
+  kDz = 0,
+  kDzDeviation,  // dz·(x − pivot)
+  kDzSquares,
+  kDySquares,
+  kDead,              // elements with φ'(z) = 0; where channels lie across, each vector's count is in its first channel
+  kActivationDweight, // z·dy where not z > 0
+  kDxSquares,         // made by the pass that writes dx, where it is asked for
+  kSums
+};
+
+// `runs` stretches of `width` elements each, `stride` elements apart, the first at `offset`.
+//
+// The whole tile is of one channel (contiguous planes), or channels lie across it (rows): then element i of every run is
+// of channel i. `parameters` and `sums` point at the tile's first channel; their rows are `channel_stride` apart.
+// Sums are added to. Null pointers stand for what is absent or not wanted.
+struct Tile {
+  int64_t offset, width, runs, stride;
+  int64_t mask_offset, mask_stride;  // bytes; a run's bits start a byte of their own
+  bool across;
+
+  const void* x;
+  const void* residual;
+  const void* dy;
+  const uint8_t* mask;
+  void* y;
+  void* dx;
+  void* dresidual;
+  uint8_t* saved_mask;
+
+  const void* parameters;  // R[kParameters][channel_stride]
+  double* sums;            // [kSums][channel_stride]
+  int64_t channel_stride;
+  const double* activation_args;
+  double dx_factor;  // what brings the norm of dx into its bounds; else 1
+  bool normalises;   // or else z is x + residual to the bit, and the low parts play no part
+  bool record;       // whether dy² and dead elements are counted
+};
+
+using TileFunction = void (*)(const Tile&);
+
+// One activation's inner kernels, indexed by DataType. Units: one read or write of a tensor of x's size.
+//
+//     forward    y (and saved_mask) from x and residual                               2 … 3 + 1/32 units
+//     reduce     sums from dy and z, z from x and residual, or from mask; writes dresidual = dz, and dx = input_scale·dz
+//                where asked for (frozen statistics)                                  2 … 5
+//     apply      dx from dy and z; kDxSquares where `sums` is given                   3 … 4
+struct ActivationKernels {
+  const char* name;
+  TileFunction forward[kDataTypes];
+  TileFunction reduce[kDataTypes];
+  TileFunction apply[kDataTypes];
+};
+
+struct KernelTable {
+  const char* name;
+  const ActivationKernels* activations;  // in the order of VGKERN_ACTIVATIONS, which starts with identity
+  int num_activations;
+  TileFunction statistics[kDataTypes];  // kDeviation, kDeviationSquares from x; 1 unit
+  void (*to_double[kDataTypes])(const void* source, double* target, int64_t count);
+  void (*from_double[kDataTypes])(const double* source, void* target, int64_t count);
+  // The functions of simd_math.h, for tests: false where there is none of that name.
+  bool (*apply_math_float)(const char* name, const float* in, float* out, int64_t count);
+  bool (*apply_math_double)(const char* name, const double* in, double* out, int64_t count);
+};
+
+constexpr int kIdentity = 0;
+
+const KernelTable& baseline_kernels();
+#if defined(__x86_64__)
+const KernelTable& avx2_kernels();
+const KernelTable& avx512_kernels();
+#endif
+
+}  // namespace vgkern

@@ -1,0 +1,405 @@
+"""What is particular to the C++ kernels: the same bits on any number of threads, every instruction set, memory bounds.
+
+That they compute the right thing in general is ``test_grid.py``'s part.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from common import bits
+
+import vgkern
+from vgkern import ops
+from vgkern.activations import TABLE, resolve
+from vgkern.backends import cpu, reference
+from vgkern.verify import Case
+
+_C = pytest.importorskip("vgkern._C", reason="not run: the package was built without a C++ compiler")
+
+DTYPES = tuple(cpu._DTYPE)
+MODES = ("batch", "running", "none")
+
+
+@pytest.fixture(params=cpu.available_isas())
+def isa(request) -> Iterator[str]:
+    before = cpu.isa()
+    _C.use_isa(request.param)
+    yield request.param
+    _C.use_isa(before)
+
+
+def _arguments(shape, dtype, *, mode="batch", activation="relu", rows=False, residual=True, parameters=None):
+    """(forward's tensors and settings, dy) with numbers that differ from channel to channel."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+
+    def like_x() -> torch.Tensor:
+        t = normal(*shape)
+        return t.contiguous(memory_format=torch.channels_last) if rows and t.dim() == 4 else t
+
+    channels, parameters = shape[1], parameters or dtype
+    weight, bias, running_mean = (normal(channels, dtype=parameters) for _ in range(3))
+    running_var = normal(channels, dtype=parameters).square() + 0.5
+    if mode == "none":
+        weight = bias = None
+    if mode != "running":
+        running_mean = running_var = None
+    activation_weight = normal(channels, dtype=parameters) if TABLE[activation].learnable else None
+    spec = resolve(activation)
+    tensors = (like_x(), like_x() if residual else None, weight, bias, running_mean, running_var, activation_weight)
+    return (*tensors, mode == "batch", 1e-5, spec.name, list(spec.args), True), like_x()
+
+
+def _forward_and_backward(arguments, dy, *, bounds=(0.0, math.inf), wanted=(True,) * 6, backend=cpu):
+    """All that both operators return, by name."""
+    x, residual, weight, bias, _, _, activation_weight, training, eps, activation, args, _ = arguments
+    y, statistics, mask = backend.batch_norm_act_forward(*arguments)
+    reads_z = TABLE[activation].backward_reads == "z"
+    there = (True, True, weight is not None, bias is not None, activation_weight is not None, True)
+    gradients = backend.batch_norm_act_backward(
+        dy, x, residual if reads_z or not mask.numel() else None, mask if mask.numel() else None,
+        statistics if statistics.numel() else None, weight, bias, activation_weight,
+        training, eps, activation, args, *bounds,
+        [w and t for w, t in zip(wanted, there, strict=True)],
+    )  # fmt: skip
+    names = ("dx", "dresidual", "dweight", "dbias", "dactivation_weight", "record")
+    return {"y": y, "statistics": statistics, "mask": mask, **dict(zip(names, gradients, strict=True))}
+
+
+def _bits(results: dict[str, torch.Tensor]) -> dict[str, bytes | None]:
+    return {name: bits(tensor.contiguous() if tensor.dim() < 4 else tensor)[0] for name, tensor in results.items()}
+
+
+def _record(results) -> dict[str, float]:
+    return dict(zip(ops.RECORD_FIELDS, results["record"].tolist(), strict=True))
+
+
+# ---- Determinism ---------------------------------------------------------------------------------------------------
+
+# Few channels of many elements, more channels than threads, planes larger than a slice, and rows: wide, and narrow.
+THREADED = [
+    ((8, 3, 70, 71), False),
+    ((4, 40, 33, 31), False),
+    ((1, 2, 300, 301), False),
+    ((8, 20, 60, 61), True),
+    ((6, 300, 13, 14), True),
+    ((150, 700), True),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "rows"), THREADED, ids=str)
+@pytest.mark.parametrize(("mode", "activation"), [("batch", "relu"), ("batch", "prelu"), ("running", "silu")])
+def test_same_bits_on_any_number_of_threads(shape, rows, dtype, mode, activation):
+    arguments, dy = _arguments(shape, dtype, mode=mode, activation=activation, rows=rows)
+    bounds = (0.0, 1e-3)  # the backward writes dx a second time
+    before = torch.get_num_threads()
+    try:
+        seen = []
+        for threads in (1, 2, 2, 3, 8, 16):
+            torch.set_num_threads(threads)
+            seen.append(_bits(_forward_and_backward(arguments, dy, bounds=bounds)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(results == seen[0] for results in seen)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_what_is_wanted_does_not_change_what_is_computed(rows):
+    """dx is made from dz as it was written, or again from dy: to the same bits."""
+    for activation, dtype in itertools.product(("relu", "gelu", "identity"), DTYPES):
+        arguments, dy = _arguments((3, 21, 5, 7), dtype, activation=activation, rows=rows)
+        everything = _bits(_forward_and_backward(arguments, dy))
+        for i, name in enumerate(("dx", "dresidual", "dweight", "dbias", None, "record")):
+            wanted = [j == i for j in range(6)]
+            got = _forward_and_backward(arguments, dy, wanted=wanted)
+            empty = [other for other in ("dx", "dresidual", "dweight", "dbias", "record") if other != name]
+            assert all(got[other].shape == (0,) for other in empty)
+            if name == "record":  # ‖dx‖² is then of the closed form alone
+                everything_record = _forward_and_backward(arguments, dy)["record"]
+                torch.testing.assert_close(got["record"], everything_record, rtol=1e-6, atol=0)
+            elif name is not None:
+                assert _bits(got)[name] == everything[name], (activation, dtype, name)
+
+
+# ---- Instruction sets ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_every_instruction_set_against_float64(isa, layout, dtype):
+    assert cpu.isa() == isa
+    for activation, training in itertools.product(("relu", "leaky_relu", "prelu", "gelu"), (True, False)):
+        Case(activation, dtype, layout, training).assert_passes("cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mask_bits_and_the_gradient_made_from_them(isa, dtype):
+    """In mode "none" z is x + residual to the bit, so the mask must be the reference's, for every width of a tail."""
+    for activation, rows, width in itertools.product(("relu", "hardsigmoid"), (False, True), range(1, 35)):
+        shape = (2, width, 2, 2) if rows else (2, 3, 1, width)
+        arguments, dy = _arguments(shape, dtype, mode="none", activation=activation, rows=rows)
+        ours = _forward_and_backward(arguments, dy)
+        theirs = _forward_and_backward(arguments, dy, backend=reference)
+        assert ours["mask"].shape == theirs["mask"].shape == (*_mask_shape(arguments[0]),)
+        assert torch.equal(ours["mask"], theirs["mask"]), (shape, rows)
+        no_mask = (*arguments[:-1], False)
+        assert torch.equal(_forward_and_backward(no_mask, dy)["dx"], ours["dx"])
+
+
+def _mask_shape(x: torch.Tensor) -> tuple[int, int]:
+    outer, inner = ops.mask_geometry(x)
+    return outer, (inner + 7) // 8
+
+
+def _run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_environment_variable_chooses_the_instruction_set():
+    for name in cpu.available_isas():
+        result = _run_python("from vgkern.backends import cpu; print(cpu.isa())", VGKERN_CPU_ISA=name)
+        assert result.stdout.strip() == name, result.stderr
+
+
+def test_environment_variable_with_an_unknown_instruction_set():
+    code = "import vgkern; print(vgkern.backends.available()['cpu']); print(vgkern.backends.name_of('cpu'))"
+    result = _run_python(code, VGKERN_CPU_ISA="mmx")
+    reason, backend = result.stdout.splitlines()
+    assert "mmx" in reason
+    assert "baseline" in reason
+    assert backend == "reference"
+
+
+# ---- The process ---------------------------------------------------------------------------------------------------
+
+_PARALLEL_STEP = """
+import os, sys, torch, vgkern
+torch.set_num_threads(4)
+torch.randn(2000, 2000).sum()
+x = torch.randn(8, 16, 50, 50, requires_grad=True)
+layer = vgkern.nn.BatchNormAct2d(16)
+def step():
+    x.grad = None
+    layer(x).square().sum().backward()
+    return x.grad
+with vgkern.backends.use("cpu"):
+    before = step()
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="not run: no /proc here")
+def test_one_openmp_runtime():
+    code = """
+paths = {line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.rsplit("/", 1)[-1] and ".so" in line}
+print(len({os.path.realpath(path) for path in paths}), paths)
+"""
+    result = _run_python(_PARALLEL_STEP + code)
+    assert result.stdout.startswith("1 "), result.stdout + result.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="not run: no fork here")
+def test_a_forked_child_finishes():
+    # The child sees the parent's memory, so it can compare; only its gradient of x is computed anew.
+    code = """
+child = os.fork()
+if child == 0:
+    with vgkern.backends.use("cpu"), torch.autograd.set_multithreading_enabled(False):
+        args = (x.detach(), None, None, None, None, None, None, True, 1e-5, "relu", [], False)
+        y = vgkern.backends.cpu.batch_norm_act_forward(*args)[0]
+    os._exit(0 if torch.isfinite(y[0, 0, 0, 0]) else 3)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    result = _run_python(_PARALLEL_STEP + code)
+    assert result.stdout.strip() == "0", result.stdout + result.stderr
+
+
+# ---- Memory --------------------------------------------------------------------------------------------------------
+
+
+class _Guarded:
+    """Memory between two pages that must not be touched: an access beyond either end is a segmentation fault."""
+
+    PROT_NONE = 0
+
+    def __init__(self) -> None:
+        self.libc = ctypes.CDLL(None, use_errno=True)
+        self.maps: list[mmap.mmap] = []
+
+    def like(self, t: torch.Tensor, *, at_end: bool) -> torch.Tensor:
+        """An uninitialised tensor of t's shape, dtype and strides that ends, or begins, at the edge."""
+        page, size = mmap.PAGESIZE, t.numel() * t.element_size()
+        inner = -(-size // page) * page
+        memory = mmap.mmap(-1, inner + 2 * page)
+        self.maps.append(memory)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        for edge in (address, address + page + inner):
+            protect = self.libc.mprotect(ctypes.c_void_p(edge), ctypes.c_size_t(page), self.PROT_NONE)
+            assert protect == 0, os.strerror(ctypes.get_errno())
+        offset = page + (inner - size if at_end else 0)
+        flat = torch.frombuffer(memory, dtype=t.dtype, offset=offset, count=t.numel())
+        return flat.as_strided(t.shape, t.stride())
+
+
+@pytest.mark.parametrize("at_end", [True, False], ids=["end", "begin"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_is_read_or_written_beyond_a_tensor(isa, dtype, at_end, monkeypatch):
+    guarded = _Guarded()
+
+    def copy(t):
+        return t if t is None or not isinstance(t, torch.Tensor) else guarded.like(t, at_end=at_end).copy_(t)
+
+    monkeypatch.setattr(cpu.torch, "empty_like", lambda t: guarded.like(t, at_end=at_end))
+    cases = itertools.product(("relu", "silu", "prelu"), MODES, (False, True), (1, 2, 7, 8, 9, 15, 16, 17, 31, 33))
+    for activation, mode, rows, width in cases:
+        shape = (2, width, 1, 2) if rows else (2, 2, 1, width)
+        arguments, dy = _arguments(shape, dtype, mode=mode, activation=activation, rows=rows)
+        guarded.maps.clear()
+        guarded_arguments = tuple(copy(argument) for argument in arguments)
+        results = _forward_and_backward(guarded_arguments, copy(dy))
+        assert not any(t.isnan().any() for name, t in results.items() if name not in ("statistics", "mask"))
+        with monkeypatch.context() as plain:
+            plain.undo()
+            expected = _forward_and_backward(arguments, dy)
+        assert _bits(results) == _bits(expected)
+
+
+# ---- Numbers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_constant_channel_gives_the_bias_to_the_bit(isa, dtype, rows):
+    constants = [0.0, -0.0, 1e-3, 1.0, 1e4] + [1e8, 3e38] * (dtype != torch.float16)
+    arguments, dy = _arguments((3, len(constants), 9, 5), dtype, activation="identity", rows=rows)
+    x, residual, _, bias = arguments[:4]
+    x.copy_(torch.tensor(constants, dtype=dtype).view(1, -1, 1, 1).expand_as(x))
+    results = _forward_and_backward(arguments, dy)
+    assert torch.equal(results["y"], (bias.view(1, -1, 1, 1) + residual))
+    assert torch.equal(results["statistics"][0], torch.tensor(constants, dtype=dtype).double())
+    assert not results["statistics"][2].any()
+    assert results["dx"].isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize(("mean", "outlier"), [(1e6, 0.0), (0.0, 1e4), (-1e4, 0.0)])
+def test_statistics_of_large_means_and_outliers(isa, mean, outlier, rows):
+    """An outlier as first element is the value from which the statistics measure."""
+    arguments, _ = _arguments((16, 5, 30, 31), torch.float32, rows=rows)
+    x = arguments[0].add_(mean)
+    x[0, :, 0, 0] += outlier
+    mean_, rstd, var = cpu.batch_norm_act_forward(*arguments)[1]
+    exact = x.double().movedim(1, 0).reshape(5, -1)
+    torch.testing.assert_close(mean_, exact.mean(1), rtol=1e-12, atol=1e-10)
+    torch.testing.assert_close(var, exact.var(1), rtol=1e-9, atol=0)
+    torch.testing.assert_close(rstd, (exact.var(1, correction=0) + 1e-5).rsqrt(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("noise", [1.0, 1e-1, 1e-2, 1e-4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_recorded_norm_is_that_of_the_dx_that_was_written(dtype, noise, rows):
+    """dz nearly in the span of 1 and x̂: what is left of it after both are taken out is a small difference."""
+    arguments, dy = _arguments((8, 6, 12, 11), dtype, activation="identity", rows=rows)
+    dy = (dy * noise + 3 * arguments[0] + 2).contiguous(
+        memory_format=torch.channels_last if rows else torch.contiguous_format
+    )
+    for bounds in ((0.0, math.inf), (0.0, 1e-3), (1e3, math.inf)):
+        results = _forward_and_backward(arguments, dy, bounds=bounds)
+        norm = results["dx"].double().norm().item()
+        assert math.sqrt(_record(results)["grad_input_sq"]) == pytest.approx(norm, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_bounds_scale_dx_and_nothing_else(dtype, rows, mode):
+    arguments, dy = _arguments((4, 18, 5, 6), dtype, mode=mode, rows=rows)
+    free = _forward_and_backward(arguments, dy)
+    norm = free["dx"].double().norm().item()
+    for low, high in ((0.0, norm / 3), (norm * 3, math.inf), (norm / 2, norm * 2)):
+        bounded = _forward_and_backward(arguments, dy, bounds=(low, high))
+        wanted = min(max(norm, low), high)
+        tolerance = 1e-6 if torch.finfo(dtype).eps < 1e-6 else 1e-3
+        assert bounded["dx"].double().norm().item() == pytest.approx(wanted, rel=tolerance)
+        assert math.sqrt(_record(bounded)["grad_input_sq"]) == pytest.approx(wanted, rel=tolerance)
+        cosine = torch.nn.functional.cosine_similarity(bounded["dx"].double().ravel(), free["dx"].double().ravel(), 0)
+        assert cosine.item() == pytest.approx(1, abs=tolerance)
+        for name in ("dresidual", "dweight", "dbias"):
+            assert _bits(bounded)[name] == _bits(free)[name]
+        if low < norm < high:
+            assert _bits(bounded) == _bits(free)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_record_counts_dead_and_nonfinite_elements(isa, dtype, rows):
+    arguments, dy = _arguments((3, 19, 5, 3), dtype, mode="none", rows=rows)
+    x, residual = arguments[:2]
+    dy[0, 0, 0, 0], dy[1, 5, 2, 1], dy[2, 18, 4, 2] = math.inf, -math.inf, math.nan
+    record = _record(_forward_and_backward(arguments, dy))
+    assert record["nonfinite"] == 3
+    assert record["dead"] == (x.float() + residual.float() <= 0).sum().item()
+    assert record["elements"] == x.numel()
+    assert record["backwards"] == 1
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e25])
+def test_squares_neither_vanish_nor_overflow(isa, scale):
+    for mode in MODES:
+        arguments, dy = _arguments((4, 5, 6, 7), torch.float32, mode=mode)
+        plain, scaled = (_record(_forward_and_backward(arguments, dy * factor)) for factor in (1.0, scale))
+        for name in ("grad_output_sq", "grad_preact_sq", "grad_input_sq", "grad_weight_sq", "grad_bias_sq"):
+            assert scaled[name] == pytest.approx(plain[name] * scale**2, rel=1e-5)
+        assert scaled["nonfinite"] == 0
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_value_stays_in_its_channel(isa, rows, bad):
+    arguments, dy = _arguments((4, 20, 6, 7), torch.float32, rows=rows)
+    clean = _forward_and_backward(arguments, dy)
+    arguments[0][1, 3, 2, 5] = bad
+    spoilt = _forward_and_backward(arguments, dy)
+    others = [c for c in range(20) if c != 3]
+    for name in ("y", "dx", "dresidual"):
+        assert torch.equal(spoilt[name][:, others], clean[name][:, others])
+    for name in ("dweight", "dbias"):
+        assert torch.equal(spoilt[name][others], clean[name][others])
+    assert spoilt["statistics"][0, 3].isfinite().item() is False
+
+
+def test_parameters_in_float32_and_of_one_element(isa):
+    """float32 parameters beside a half-precision x; a PReLU with one slope for all channels."""
+    for dtype in (torch.bfloat16, torch.float16):
+        arguments, dy = _arguments((4, 19, 5, 3), dtype, activation="prelu", parameters=torch.float32)
+        arguments = (*arguments[:6], torch.tensor([0.3]), *arguments[7:])
+        ours = _forward_and_backward(arguments, dy)
+        theirs = _forward_and_backward(arguments, dy, backend=reference)
+        for name in ("dweight", "dbias", "dactivation_weight"):
+            assert ours[name].dtype == torch.float32
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-4)
+        assert ours["dactivation_weight"].shape == (1,)
+
+
+def test_the_table_of_types_is_that_of_the_contract():
+    assert set(DTYPES) == set(ops.FLOATING_DTYPES)
+    assert vgkern.backends.available()["cpu"] == "usable"
+    assert cpu.refuses(torch.ones(2)) is None
+    assert "float" in cpu.refuses(torch.ones(2, dtype=torch.int32))
+    assert "meta" in cpu.refuses(torch.ones(2, device="meta"))

@@ -1,0 +1,107 @@
+"""The operators on GPUs, by the Triton kernels of ``kernels/``; on CPU tensors under Triton's interpreter."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    # At first use: importing triton takes about a second, and a process without a GPU never needs it.
+    from ..kernels import batch_norm
+
+    return batch_norm
+
+
+def unavailable() -> str | None:
+    """Why this process cannot use the backend, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available() and not _kernels().INTERPRETED:
+        return "no CUDA or ROCm device (TRITON_INTERPRET=1, set before triton is imported, runs it on CPU tensors)"
+    return None
+
+
+def refuses(x: Tensor) -> str | None:
+    """Why the backend cannot take x, or None."""
+    if x.dtype not in ops.FLOATING_DTYPES:
+        return f"dtype {x.dtype}; it takes {', '.join(map(str, ops.FLOATING_DTYPES))}"
+    if _kernels().INTERPRETED:
+        return None if x.device.type in ("cpu", "cuda") else f"a {x.device.type} tensor under TRITON_INTERPRET=1"
+    if x.device.type == "cpu":
+        return "a CPU tensor; Triton takes those only under TRITON_INTERPRET=1, set before triton is imported"
+    return None if x.device.type == "cuda" else f"a {x.device.type} tensor; it takes CUDA and ROCm tensors"
+
+
+def _shape(x: Tensor, *, per_channel: bool, has_mask: bool) -> Any:
+    """x as the kernels see it: one plane where nothing depends on the channel, if the bytes of the mask allow that."""
+    n, c, s = ops.geometry(x)
+    rows = ops.is_rows(x)
+    inner = c if rows else s
+    if not per_channel and (not has_mask or inner % 8 == 0):
+        return _kernels().Shape(False, 1, 1, x.numel())
+    return _kernels().Shape(True, n * s, c, c) if rows else _kernels().Shape(False, n, c, s)
+
+
+def _wanted(tensor: Tensor) -> Tensor | None:
+    return tensor if tensor.numel() else None
+
+
+def batch_norm_act_forward(
+    x, residual, weight, bias, running_mean, running_var, activation_weight,
+    training, eps, activation, activation_args, save_mask,
+):  # fmt: skip
+    normalise = training or running_mean is not None
+    y = torch.empty_like(x)
+    statistics = x.new_empty((3, x.shape[1]) if normalise else (0,), dtype=torch.float64)
+    mask = x.new_empty((0,), dtype=torch.uint8)
+    if save_mask and ops.needs_mask(activation, residual is not None):
+        outer, inner = ops.mask_geometry(x)
+        mask = mask.new_empty((outer, (inner + 7) // 8))
+    per_channel = normalise or (activation_weight is not None and activation_weight.numel() > 1)
+    _kernels().forward(
+        x, residual, weight, bias,
+        None if training else running_mean, None if training else running_var,
+        activation_weight, y, _wanted(statistics), _wanted(mask),
+        shape=_shape(x, per_channel=per_channel, has_mask=mask.numel() > 0),
+        eps=eps, activation=activation, activation_args=tuple(activation_args),
+    )  # fmt: skip
+    return y, statistics, mask
+
+
+def batch_norm_act_backward(
+    dy, x, residual, mask, statistics, weight, bias, activation_weight,
+    training, eps, activation, activation_args, min_norm, max_norm, output_mask,
+):  # fmt: skip
+    if dy.stride() != x.stride():
+        dy = torch.empty_like(x).copy_(dy)  # the kernels walk both with one set of offsets
+    channels = ops.geometry(x)[1]
+    param_dtype = next((p.dtype for p in (weight, bias) if p is not None), x.dtype)
+    makers = (
+        lambda: torch.empty_like(x),
+        lambda: torch.empty_like(x),
+        lambda: x.new_empty((channels,), dtype=param_dtype),
+        lambda: x.new_empty((channels,), dtype=param_dtype),
+        lambda: torch.empty_like(activation_weight),
+        lambda: x.new_empty((len(ops.RECORD_FIELDS),), dtype=torch.float64),
+    )
+    outputs = [make() if wanted else None for make, wanted in zip(makers, output_mask, strict=True)]
+    normalise = statistics is not None and statistics.numel() > 0
+    shared = activation_weight is None or activation_weight.numel() == 1
+    parameters = any(gradient is not None for gradient in outputs[2:4])
+    _kernels().backward(
+        dy, x, residual, mask, statistics if normalise else None, weight, bias, activation_weight, *outputs,
+        shape=_shape(x, per_channel=normalise or parameters or not shared, has_mask=mask is not None),
+        over_batch=training and normalise,
+        eps=eps, activation=activation, activation_args=tuple(activation_args),
+        min_norm=min_norm, max_norm=max_norm,
+    )  # fmt: skip
+    return tuple(x.new_empty((0,)) if output is None else output for output in outputs)

@@ -1,0 +1,32 @@
+"""How numbers are written in the figure and in sentences."""
+
+import math
+
+__all__ = ["figures", "first_epochs", "percent"]
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def figures(value: float) -> str:
+    """Two significant digits: 0, 0.022, 4.3, 140, and with a power of ten 1.2·10⁻³⁵; a dash for NaN.
+
+    Example:
+        >>> [figures(value) for value in (0.0, 0.0216, 4.0, 137.0, 5.21e34)]
+        ['0', '0.022', '4', '140', '5.2·10³⁴']
+    """
+    if math.isnan(value):
+        return "–"
+    if value == 0 or 1e-3 <= value < 9950 or math.isinf(value):
+        return f"{float(f'{value:.2g}'):g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}·10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+
+
+def first_epochs(count: int) -> str:
+    """the first epoch, the first 5 epochs."""
+    return "the first epoch" if count == 1 else f"the first {count} epochs"
+
+
+def percent(share: float) -> str:
+    """97.6 %, unbreakable."""
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
