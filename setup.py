@@ -15,6 +15,8 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+from setuptools.modified import newer_group
 
 # Without contraction: where the kernels want a·b + c in one rounding they say fma, and nowhere else is it one.
 FLAGS = ["-O2", "-g0", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -36,55 +38,64 @@ def sources() -> list[str]:
 class BuildExtension(build_ext):
     """Compiles with flags of each file's own, two files at a time, with OpenMP where the compiler has it."""
 
-    def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
-        openmp = ["-fopenmp"] if self._has_openmp() else []
-        if not openmp:
-            print("vgkern: the compiler has no OpenMP; the CPU kernels will run on one thread", file=sys.stderr)
-
-        def compile_one(source: str) -> list[str]:
-            flags = [*FLAGS, *openmp, *X86_FLAGS.get(Path(source).name, [])]
-            return self.compiler.compile(
-                [source],
-                output_dir=self.build_temp,
-                include_dirs=[pybind11.get_include()],
-                depends=ext.depends,
-                extra_postargs=flags,
-            )
-
-        # The longest first, so that the last two end together.
-        longest_first = sorted(ext.sources, key=lambda source: "isa" not in source)
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            objects = [path for paths in pool.map(compile_one, longest_first) for path in paths]
-        self.compiler.link_shared_object(
-            objects,
-            self.get_ext_fullpath(ext.name),
-            extra_postargs=openmp,
-            target_lang="c++",
-            build_temp=self.build_temp,
-        )
-
     def run(self) -> None:
         super().run()
         for ext in self.extensions:
             if not Path(self.get_ext_fullpath(ext.name)).exists():
-                print(
-                    f"vgkern: {ext.name} was not built; the package will use its reference backend on CPU",
-                    file=sys.stderr,
+                _say(f"{ext.name} was not built (see above); CPU tensors will run on the reference backend")
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            import pybind11
+        except ImportError as error:
+            raise CompileError(f"pybind11 is needed to build {ext.name}") from error
+
+        openmp = ["-fopenmp"] if self._has_openmp() else []
+        if not openmp:
+            _say("the compiler has no OpenMP; the CPU kernels will run on one thread")
+
+        def compile_one(source: str) -> str:
+            (target,) = self.compiler.object_filenames([source], output_dir=self.build_temp)
+            if self.force or newer_group([source, *ext.depends], target):
+                self.compiler.compile(
+                    [source],
+                    output_dir=self.build_temp,
+                    include_dirs=[pybind11.get_include()],
+                    extra_postargs=[*FLAGS, *openmp, *X86_FLAGS.get(Path(source).name, [])],
                 )
+            return target
+
+        # Those of csrc/isa take longest and come first, so that the last two end together.
+        order = sorted(ext.sources, key=lambda source: "isa" not in source)
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            objects = list(pool.map(compile_one, order))
+        self.compiler.link_shared_object(
+            objects, self.get_ext_fullpath(ext.name), extra_postargs=openmp, target_lang="c++"
+        )
 
     def _has_openmp(self) -> bool:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "openmp.cpp")
             source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() == 0; }\n")
             command = [*self.compiler.compiler_so_cxx, "-fopenmp", str(source), "-o", str(Path(folder, "openmp"))]
-            return subprocess.run(command, capture_output=True).returncode == 0
+            try:
+                return subprocess.run(command, capture_output=True).returncode == 0
+            except OSError:  # no such compiler: compiling will say so
+                return False
+
+
+def _say(message: str) -> None:
+    print(f"vgkern: {message}", file=sys.stderr)
 
 
 setup(
     ext_modules=[
-        Extension("vgkern._C", sources(), depends=[str(path) for path in Path("csrc").glob("*.h")], optional=True)
+        Extension(
+            "vgkern._C",
+            sources(),
+            depends=["setup.py", *(str(path) for path in Path("csrc").glob("*.h"))],
+            optional=True,
+        )
     ],
     cmdclass={"build_ext": BuildExtension},
 )

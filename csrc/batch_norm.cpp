@@ -23,8 +23,9 @@ int64_t item_size(DataType dtype) { return dtype == kFloat64 ? 8 : dtype == kFlo
 constexpr int64_t kSliceElements = 32768;
 // A channel has at most this many slices, so that the sums of a huge tensor stay small.
 constexpr int64_t kMaxSlices = 256;
-// Across channels: a tile's rows are walked once for each vector of channels and should stay in the L1 cache.
-constexpr int64_t kTileElements = 4096;
+// Across channels: rows of a tile, which is walked once for each vector of channels. Sums are loaded and stored once a
+// tile; the more rows, the fewer of those and the further the walk is from one that the hardware prefetches.
+constexpr int64_t kTileRows = 8;
 // Across channels: channels of a group. Sums take 56 bytes a channel and slice, so slices of few rows must be narrow.
 constexpr int64_t kGroupChannels = 256;
 // Across channels: what a group's x may take to still lie in the L2 cache when its second pass begins.
@@ -73,10 +74,9 @@ class Grid {
     return slices_ == 1 || (fits_cache_ && balanced);
   }
 
-  // Calls run(tile) for the tiles of a slice, from its end to its start if `reverse`: a pass that follows another
-  // starts in what that one left in cache. `tile` has all but its geometry.
+  // Calls run(tile) for the tiles of a slice. `tile` has all but its geometry.
   template <class Run>
-  void for_each_tile(Tile tile, int64_t group, int64_t slice, bool reverse, Run run) const {
+  void for_each_tile(Tile tile, int64_t group, int64_t slice, Run run) const {
     if (!shape_.rows) {
       const int64_t part = slice % parts_, plane = slice / parts_ * extent_;
       const int64_t mask_bytes = ceil_div(shape_.spatial, 8);
@@ -97,11 +97,8 @@ class Grid {
     tile.width = end_channel(group) - channel;
     tile.stride = shape_.channels;
     tile.mask_stride = ceil_div(shape_.channels, 8);
-    const int64_t rows = std::clamp<int64_t>(kTileElements / tile.width, 8, 64);
-    const int64_t tiles = ceil_div(end - begin, rows);
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t row = begin + (reverse ? tiles - 1 - i : i) * rows;
-      tile.runs = std::min(rows, end - row);
+    for (int64_t row = begin; row < end; row += kTileRows) {
+      tile.runs = std::min(kTileRows, end - row);
       tile.offset = row * tile.stride + channel;
       tile.mask_offset = row * tile.mask_stride + channel / 8;
       run(tile);
@@ -117,8 +114,9 @@ class Grid {
   bool fits_cache_;
 };
 
-// One step of a computation: first over the channels [begin, end), then over the slices of every group. Either may be
-// empty.
+// One step of a computation: first over the channels [begin, end), then over the slices of every group; either may be
+// empty. A step that follows another in reverse starts in what that one left in cache; within a slice every walk is
+// forward, as the hardware prefetches.
 struct Step {
   std::function<void(int64_t begin, int64_t end)> channels;
   std::function<void(int64_t group, int64_t slice)> slices;
@@ -218,9 +216,9 @@ class Operation {
     return reinterpret_cast<const char*>(parameters_.get()) + channel * size;
   }
 
-  void run_tiles(TileFunction function, Tile tile, int64_t group, int64_t slice, bool reverse = false) const {
+  void run_tiles(TileFunction function, Tile tile, int64_t group, int64_t slice) const {
     tile.parameters = parameters_of(grid_.first_channel(group));
-    grid_.for_each_tile(tile, group, slice, reverse, function);
+    grid_.for_each_tile(tile, group, slice, function);
   }
 
   // Runs steps in order. Either a thread takes a group through all of them, or all threads share each step.
@@ -313,7 +311,7 @@ class ForwardPass : Operation {
 
   void operator()() {
     const auto write = [this](int64_t group, int64_t slice) {
-      run_tiles(kernels_.forward[call_.dtype], base_, group, slice, call_.training);
+      run_tiles(kernels_.forward[call_.dtype], base_, group, slice);
     };
     if (!call_.training) {
       call_.statistics ? use_running_statistics() : use_no_statistics();
@@ -521,7 +519,7 @@ class BackwardPass : Operation {
       kernels = &table_.activations[kIdentity];
       tile.dy = call_.dresidual;
     }
-    run_tiles(kernels->apply[call_.dtype], tile, group, slice, true);
+    run_tiles(kernels->apply[call_.dtype], tile, group, slice);
   }
 
   // dγ, dβ, what dx takes from them, and ‖dx‖² in closed form.

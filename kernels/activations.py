@@ -54,8 +54,11 @@ _SELU_PRODUCT_LOW = tl.constexpr(2.3296717444054593e-08)
 
 @triton.jit
 def divide(numerator, denominator):
-    """The quotient rounded as IEEE 754 asks; Triton's own float32 ``/`` on CUDA may be two units off."""
-    return tl.fdiv(numerator, denominator, ieee_rounding=True)
+    """The quotient rounded as IEEE 754 asks, which ``/`` is in float64; in float32 on CUDA it may be two units off."""
+    if numerator.dtype == tl.float64:
+        return numerator / denominator
+    else:
+        return tl.div_rn(numerator, denominator)
 
 
 @triton.jit

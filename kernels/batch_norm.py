@@ -662,7 +662,7 @@ def backward_apply_kernel(
     Where neither dx nor dresidual is wanted, programs whose channels do not cancel read no tensor.
     """
     first_channel, channel, present, split, first, last = _program(num_channels, num_tiles, tiles_per_split, CHANNELS)
-    affine, _, rstd, scale = _saved(
+    affine, _mean, rstd, scale = _saved(
         statistics_ptr, weight_ptr, bias_ptr, slope_ptr, channel, present, num_channels, SLOPE_STRIDE,
         COMPUTE, ROWS, RUNS,
     )  # fmt: skip
@@ -691,7 +691,7 @@ def backward_apply_kernel(
         run, start, exists, offset, inside = _tile(
             tile, first_channel, num_outer, num_channels, inner_size, ROWS, RUNS, INNER, CHANNELS
         )
-        _, dz, _, centred, _, _ = _differentiate(
+        _dy, dz, _x, centred, _z, _dead = _differentiate(
             dy_ptr, x_ptr, residual_ptr, mask_ptr, run, start, exists, offset, inside, inner_size, affine,
             True, READS_Z, True, False, BACKWARD, ON, ARGS, COMPUTE,
         )  # fmt: skip

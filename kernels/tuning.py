@@ -31,22 +31,24 @@ class Limits:
 
 
 # By layout and width, the bytes of an element of x. On CUDA and ROCm alike:
-# * 512 elements a warp are 16 a thread of 32: four 16-byte loads of float32, two of half precision in flight, and room
-#   for the live blocks of the backward (dy, x, dz, x̂). float64 takes two registers an element: half of everything.
-# * 16384 resident elements are 32 a thread of 16 warps, the most that a program can have.
+# * 256 elements a warp are 8 a thread of 32: one or two 16-byte loads a tensor. For sm_80 ptxas gives backward_reduce,
+#   which keeps dy, x, dz and float64 products of them, 105 to 112 registers in planes; with 16 a thread it was 174 and
+#   more, which leaves a multiprocessor one program. float64 takes two registers an element: half of everything.
+# * 8192 resident elements are 16 a thread of 16 warps, where forward_channel takes 118 of the 128 registers that there
+#   are (gelu); backward_channel, which keeps two tensors, spilled at that size and gets half.
 # * 1024 programs are some eight for each multiprocessor of the largest devices, which evens out the tail. The number is
 #   fixed, so that the bits of a result do not depend on the size of the device.
 # * 128 splits: each program of the pass that follows reads the partial sums of all of them.
 TABLE: dict[tuple[str, int], Limits] = {
     # A tile is a stretch of one plane, or several planes where these are short.
-    ("planes", 2): Limits(4096, 4096, 16384, 1024, 128, 512),
-    ("planes", 4): Limits(4096, 4096, 16384, 1024, 128, 512),
-    ("planes", 8): Limits(2048, 2048, 8192, 1024, 128, 256),
+    ("planes", 2): Limits(2048, 2048, 8192, 1024, 128, 256),
+    ("planes", 4): Limits(2048, 2048, 8192, 1024, 128, 256),
+    ("planes", 8): Limits(1024, 1024, 4096, 1024, 128, 128),
     # 64 to 128 neighbouring bytes, whole 32-byte sectors. Wider tiles would leave a layer of 64 channels, where
     # activations are largest, with too few programs or too many splits to merge.
-    ("rows", 2): Limits(32, 4096, 16384, 1024, 128, 512),
-    ("rows", 4): Limits(32, 4096, 16384, 1024, 128, 512),
-    ("rows", 8): Limits(16, 2048, 8192, 1024, 128, 256),
+    ("rows", 2): Limits(32, 2048, 8192, 1024, 128, 256),
+    ("rows", 4): Limits(32, 2048, 8192, 1024, 128, 256),
+    ("rows", 8): Limits(16, 1024, 4096, 1024, 128, 128),
     # Width 0 is the interpreter, where a tile costs milliseconds and an element nanoseconds: few and large.
     ("planes", 0): Limits(65536, 65536, 131072, 2, 8, 65536),
     ("rows", 0): Limits(256, 65536, 131072, 2, 8, 65536),

@@ -1,12 +1,13 @@
-"""Shared by the test modules: layers by rank, PyTorch's own composition of the three operations, snapshots to the bit."""
+"""Shared by the test modules: layers by rank, the three operations by PyTorch itself, snapshots to the bit."""
 
 from __future__ import annotations
 
 import contextlib
 
 import torch
-import vgkern
 from torch import Tensor, nn
+
+import vgkern
 
 FUSED = {
     1: vgkern.nn.BatchNormAct1d,

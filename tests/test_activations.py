@@ -107,8 +107,15 @@ def test_subclasses_are_refused(kind):
 
 @pytest.mark.parametrize(
     ("given", "meant"),
-    [("leakyrelu", "leaky_relu"), ("ReLU", "relu"), ("swish", "silu"), ("hard_swish", "hardswish"), ("GELU", "gelu"), ("soft", "softplus")],
-)  # fmt: skip
+    [
+        ("leakyrelu", "leaky_relu"),
+        ("ReLU", "relu"),
+        ("swish", "silu"),
+        ("hard_swish", "hardswish"),
+        ("GELU", "gelu"),
+        ("soft", "softplus"),
+    ],
+)
 def test_an_unknown_name_lists_the_names_and_the_closest(given, meant):
     with pytest.raises(ValueError, match=f"'{given}'.*{', '.join(NAMES)}") as caught:
         resolve(given)

@@ -1,8 +1,8 @@
 """Where PyTorch's batch norm is wrong and this one is right; each test names what PyTorch 2.13 does on the CPU.
 
-Three more rows of the same list are tested elsewhere: eval, train, backward (test_autograd), refused calls, empty batches
-of the wrong width and bad eps (test_refusals), ``momentum=None`` under ``torch.compile`` and on meta (test_compile,
-test_layers).
+More rows of the same list are tested elsewhere: eval, train, backward (test_autograd), refused calls and empty batches
+of the wrong width (test_refusals), ``momentum=None`` under ``torch.compile`` and on meta (test_compile, test_layers),
+PyTorch's converter of batch norms (test_layers).
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def test_half_precision_with_a_gradient_in_another_format(backend, device, train
         torch.testing.assert_close(dx.double(), wanted, rtol=2e-3, atol=2e-3)
 
 
-# The number of threads ---------------------------------------------------------------------------------------------------
+# The number of threads ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

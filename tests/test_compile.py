@@ -178,7 +178,7 @@ def test_export_of_a_net_in_eval_mode(strict):
     assert targets.count("vgkern.batch_norm_act_forward.default") == 3
 
 
-# The operators -----------------------------------------------------------------------------------------------------------
+# The operators --------------------------------------------------------------------------------------------------------
 
 
 def _forward_arguments(activation: str, mode: str, residual: bool, memory_format, dtype, requires_grad: bool):
@@ -227,7 +227,9 @@ def test_opcheck(activation, mode, residual):
         utilities = {"test_schema", "test_faketensor"}
         if not requires_grad:
             utilities |= {"test_autograd_registration", "test_aot_dispatch_dynamic"}
-        opcheck(torch.ops.vgkern.batch_norm_act_backward.default, _backward_arguments(forward), test_utils=tuple(utilities))
+        opcheck(
+            torch.ops.vgkern.batch_norm_act_backward.default, _backward_arguments(forward), test_utils=tuple(utilities)
+        )
         if mode == "running":  # its statistics hold NaN, and a trace is compared with ==
             utilities -= {"test_aot_dispatch_dynamic"}
         opcheck(torch.ops.vgkern.batch_norm_act_forward.default, forward, test_utils=tuple(utilities))

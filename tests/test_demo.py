@@ -361,6 +361,12 @@ def test_differences_within_the_noise_are_none():
     assert "not the order" not in conclude(made_up((1e-30, 0.5, 0.4, 0.5), (0.102, 0.1, 0.98, 0.97)))
 
 
+def test_nets_that_all_guess_confirm_nothing():
+    text = conclude(made_up(accuracies=(0.1, 0.1, 0.11, 0.1)))
+    assert "does not tell them apart" in text
+    assert "theory" not in text
+
+
 def test_the_conclusion_follows_the_gradient_up_and_to_zero():
     text = conclude(made_up((0.0, 1e-3, 50.0, 0.5)))
     assert "shrinks to zero (plain sigmoid), 1000-fold (plain ReLU), grows 50-fold (batch norm)" in text

@@ -86,7 +86,7 @@ def test_add_act(backend, device, activation):
     assert layer.grad_stats().backwards == 1
 
 
-# The norm of dx is known before dx is written, by a formula that subtracts ----------------------------------------------
+# The norm of dx is known before dx is written, by a formula that subtracts --------------------------------------------
 
 
 def _cancelling_gradient(x: torch.Tensor, noise: float) -> torch.Tensor:
@@ -132,7 +132,7 @@ def test_a_constant_channel(backend, device):
     assert layer.grad_stats().grad_input_norm == _close(_norm(x.grad))
 
 
-# Magnitudes --------------------------------------------------------------------------------------------------------------
+# Magnitudes -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
@@ -166,7 +166,7 @@ def test_other_dtypes(backend, device, dtype):
     assert stats.grad_weight_norm == pytest.approx(_norm(layer.weight.grad), rel=rounding)
 
 
-# Dead units and what is not finite -------------------------------------------------------------------------------------
+# Dead units and what is not finite ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("through", ["batch_norm", "add_act", "add_act with a residual"])
@@ -232,7 +232,7 @@ def test_what_is_not_finite_is_counted(backend, device, activation, memory_forma
     assert layer.grad_stats().nonfinite == 0
 
 
-# Accumulation and life ---------------------------------------------------------------------------------------------------
+# Accumulation and life ------------------------------------------------------------------------------------------------
 
 
 def test_norms_are_root_mean_squares_over_backwards(backend, device):

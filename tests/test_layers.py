@@ -10,9 +10,9 @@ import pickle
 
 import pytest
 import torch
-import vgkern
 from common import FUSED, NAMES, PLAIN, SHAPES, Plain, bits, randomised, torch_activation, unchanged
 from torch import nn
+
 from vgkern.nn import AddAct, BatchNormAct2d
 
 DIMS = tuple(FUSED)
@@ -360,7 +360,7 @@ def test_a_layer_of_another_device_argument_and_dtype():
     assert layer(torch.randn(2, 3, 2, 2, dtype=torch.float64)).dtype is torch.float64
 
 
-# AddAct ----------------------------------------------------------------------------------------------------------------
+# AddAct ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", NAMES)

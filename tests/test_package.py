@@ -11,10 +11,10 @@ import pkgutil
 import subprocess
 import sys
 import textwrap
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 import vgkern
 
@@ -167,13 +167,17 @@ def test_every_package_is_listed_for_installation():
     assert listed == found | {"vgkern.kernels"}
 
 
-# Examples ----------------------------------------------------------------------------------------------------------------
+# Examples -------------------------------------------------------------------------------------------------------------
 
-_MODULES = ["vgkern"] + sorted(
-    module.name
-    for module in pkgutil.walk_packages(vgkern.__path__, "vgkern.")
-    if not module.name.startswith("vgkern.kernels") and module.name.rpartition(".")[2] not in ("__main__", "_C", "_version")
-)
+_NOT_PUBLIC = ("vgkern.__main__", "vgkern._C", "vgkern._version")
+_MODULES = [
+    "vgkern",
+    *(
+        module.name
+        for module in pkgutil.walk_packages(vgkern.__path__, "vgkern.")
+        if module.name not in _NOT_PUBLIC and not module.name.startswith("vgkern.kernels")
+    ),
+]
 
 
 @pytest.mark.parametrize("name", _MODULES)

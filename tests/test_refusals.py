@@ -8,9 +8,10 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-import vgkern
 from common import FUSED, PLAIN, SHAPES, unchanged
 from torch import nn
+
+import vgkern
 from vgkern.functional import add_act, batch_norm_act
 
 C = 3
@@ -76,14 +77,16 @@ REFUSED_BY_TORCH = {
     "quantized input": (
         lambda: _call(input=torch.quantize_per_tensor(torch.ones(4, C, 5), 0.1, 0, torch.quint8)),
         ["input", "quantized", "dense"]),
-    "float64 input, float32 parameters": (lambda: _cast(torch.float64, "input"), ["float64", "float32", "running_mean"]),
+    "float64 input, float32 parameters": (
+        lambda: _cast(torch.float64, "input"), ["float64", "float32", "running_mean"]),
     "float64 parameters": (lambda: _cast(torch.float64, *_PARAMETERS, running_mean=None, running_var=None),
                            ["weight", "float32", "float64"]),
     "float16 parameters, bfloat16 input": (
         lambda: _cast(torch.float16, *_STATISTICS, *_PARAMETERS, input=torch.ones(4, C, 5, dtype=torch.bfloat16)),
         ["running_mean", "torch.bfloat16 or torch.float32", "float16"]),
     "half-precision statistics beside float32 parameters": (
-        lambda: _cast(torch.float16, "input", *_STATISTICS), ["running_mean of torch.float16", "weight of torch.float32"]),
+        lambda: _cast(torch.float16, "input", *_STATISTICS),
+        ["running_mean of torch.float16", "weight of torch.float32"]),
     "integer weight": (lambda: _cast(torch.int32, "weight"), ["weight", "float32", "int32"]),
     "running_mean requires grad": (
         lambda: _call(running_mean=torch.zeros(C, requires_grad=True)), ["running_mean", "not differentiable"]),
@@ -133,9 +136,11 @@ REFUSED_BY_US = {
     "residual on another device": (
         lambda: _call(residual=torch.ones(4, C, 5, device="meta")), RuntimeError, ["residual", "cpu", "meta"]),
     "sparse residual": (
-        lambda: _call(residual=torch.ones(4, C, 5).to_sparse()), NotImplementedError, ["residual", "sparse_coo", "dense"]),
+        lambda: _call(residual=torch.ones(4, C, 5).to_sparse()), NotImplementedError,
+        ["residual", "sparse_coo", "dense"]),
     "complex residual": (
-        lambda: _call(residual=torch.ones(4, C, 5, dtype=torch.cfloat)), NotImplementedError, ["residual", "complex64"]),
+        lambda: _call(residual=torch.ones(4, C, 5, dtype=torch.cfloat)), NotImplementedError,
+        ["residual", "complex64"]),
     "float8 residual": (
         lambda: _call(residual=torch.ones(4, C, 5).to(torch.float8_e5m2)), NotImplementedError, ["residual", "float8"]),
     "residual a number": (lambda: _call(residual=1.0), TypeError, ["residual", "Tensor", "float"]),
@@ -154,7 +159,8 @@ REFUSED_BY_US = {
     "argument of another type": (
         lambda: _call(activation="elu", activation_args={"alpha": "1"}), TypeError, ["alpha", "elu", "number", "'1'"]),
     "infinite argument": (
-        lambda: _call(activation="elu", activation_args={"alpha": math.inf}), ValueError, ["alpha", "elu", "finite", "inf"]),
+        lambda: _call(activation="elu", activation_args={"alpha": math.inf}), ValueError,
+        ["alpha", "elu", "finite", "inf"]),
     "argument that divides": (
         lambda: _call(activation="celu", activation_args={"alpha": 0.0}), ValueError, ["alpha", "celu", "0"]),
     "unknown choice": (
@@ -179,9 +185,12 @@ REFUSED_BY_US = {
     "prelu weight on another device": (
         lambda: _call(activation="prelu", activation_weight=torch.ones(C, device="meta")), RuntimeError,
         ["activation_weight", "cpu", "meta"]),
-    "bounds reversed": (lambda: _call(grad_norm_bounds=(2.0, 1.0)), ValueError, ["grad_norm_bounds", "low <= high", "2.0"]),
-    "negative bound": (lambda: _call(grad_norm_bounds=(-1.0, None)), ValueError, ["grad_norm_bounds", "0 <= low", "-1.0"]),
-    "NaN bound": (lambda: _call(grad_norm_bounds=(None, math.nan)), ValueError, ["grad_norm_bounds", "low <= high", "nan"]),
+    "bounds reversed": (
+        lambda: _call(grad_norm_bounds=(2.0, 1.0)), ValueError, ["grad_norm_bounds", "low <= high", "2.0"]),
+    "negative bound": (
+        lambda: _call(grad_norm_bounds=(-1.0, None)), ValueError, ["grad_norm_bounds", "0 <= low", "-1.0"]),
+    "NaN bound": (
+        lambda: _call(grad_norm_bounds=(None, math.nan)), ValueError, ["grad_norm_bounds", "low <= high", "nan"]),
     "bounds one number": (lambda: _call(grad_norm_bounds=1.0), ValueError, ["grad_norm_bounds", "(low, high)", "1.0"]),
     "bounds of three": (lambda: _call(grad_norm_bounds=(0, 1, 2)), ValueError, ["grad_norm_bounds", "(0, 1, 2)"]),
     "bounds not numbers": (lambda: _call(grad_norm_bounds=("a", None)), ValueError, ["grad_norm_bounds", "'a'"]),
@@ -199,7 +208,9 @@ def test_what_torch_does_not_refuse(name):
         assert fragment in str(ours), str(ours)
 
 
-@pytest.mark.parametrize("name", [name for name in REFUSED_BY_US if re.search("residual|activation|prelu|module|argu", name)])
+@pytest.mark.parametrize(
+    "name", [name for name in REFUSED_BY_US if re.search("residual|activation|prelu|module|argu", name)]
+)
 def test_add_act_refuses_the_same(name):
     make, kind, fragments = REFUSED_BY_US[name]
     call = {k: v for k, v in make().items() if k in ("input", "residual") or k.startswith("activation")}

@@ -386,7 +386,7 @@ def test_nothing_outside_the_tensors_is_touched(request, problem, cut, at_end):
     ids=str,
 )
 def test_the_order_of_programs_does_not_matter(small_blocks, monkeypatch, problem, order):
-    problem = Problem((6, 9, 34), **problem)
+    problem = Problem((3, 5, 34), **problem)
     expected = problem.run()
     builder = type(interpreter.interpreter_builder)
     set_grid_idx = builder.set_grid_idx
@@ -404,7 +404,7 @@ def test_the_order_of_programs_does_not_matter(small_blocks, monkeypatch, proble
 
     monkeypatch.setattr(builder, "set_grid_idx", permuted)
     assert bits(problem.run()) == bits(expected)
-    assert largest >= 8
+    assert largest >= 4
 
 
 @pytest.mark.parametrize("layout", ["planes", "rows"])
@@ -503,20 +503,13 @@ COMPACT = [
 
 
 def _everything():
-    """Each activation in every dtype, layout and mode; resident and walked; bounded; with and without residual."""
-    for activation, dtype, layout in itertools.product(activations.TABLE, ops.FLOATING_DTYPES, ("planes", "rows")):
-        for shape, mode, residual in (
-            ((20, 40, 49), "batch", True),
-            ((20, 41, 7), "batch", False),
-            ((64, 16, 3136), "batch", activation != "silu"),
-            ((20, 40, 49), "running", False),
-            ((20, 40, 16), "none", True),
-        ):
-            bounds = (0.0, 1.0) if shape[2] == 3136 else (0.0, INF)
-            yield {
-                "shape": shape, "layout": layout, "mode": mode, "residual": residual, "activation": activation,
-                "dtype": dtype, "bounds": bounds,
-            }  # fmt: skip
+    """Each activation in every dtype and mode: a channel that fits a program; one that does not, bounded; and neither."""
+    for activation, dtype in itertools.product(activations.TABLE, ops.FLOATING_DTYPES):
+        common = {"activation": activation, "dtype": dtype}
+        yield {"shape": (20, 40, 49), "residual": False, **common}
+        yield {"shape": (64, 16, 3136), "layout": "rows", "bounds": (0.0, 1.0), **common}
+        yield {"shape": (20, 40, 49), "mode": "running", **common}
+        yield {"shape": (20, 40, 16), "mode": "none", "layout": "rows", "residual": False, **common}
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -121,9 +121,7 @@ def test_what_is_not_finite_stays_in_its_channel(backend, device, activation, me
         per_channel = (layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var)
         return *elements, *(t.detach().cpu() for t in per_channel)
 
-    tensors = [
-        torch.randn(3, channels, 3, 5, device=device).contiguous(memory_format=memory_format) for _ in range(3)
-    ]
+    tensors = [torch.randn(3, channels, 3, 5, device=device).contiguous(memory_format=memory_format) for _ in range(3)]
     expected = run(*tensors)
     for into in range(3):  # x, the residual, the gradient that arrives
         given = [t.clone() for t in tensors]

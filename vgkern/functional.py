@@ -131,7 +131,6 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     return torch._prims_common.suggest_memory_format(x)
 
 
-
 def resolve_bounds(grad_norm_bounds: Bounds | None) -> tuple[float, float]:
     """(low, high) with 0 and inf for "no bound".
 

@@ -79,6 +79,8 @@ def conclude(result: DemoResult) -> str:
         sentences.append(f"The run was interrupted in net {len(nets)} of {len(NETS)}, so it decides nothing.")
     elif against := _out_of_order(nets):
         sentences.append(f"This is not the order that the theory predicts: {'; '.join(against)}.")
+    elif max(net.accuracy for net in nets) - min(net.accuracy for net in nets) <= _SAME_ACCURACY:
+        sentences.append("That does not tell them apart.")
     else:
         sentences.append("Both are in the order that the theory predicts.")
     return " ".join(sentences)

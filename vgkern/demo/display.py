@@ -193,5 +193,6 @@ def notes(result: DemoResult) -> str:
         f"Gradient: L2 norm of the weight's gradient, median over {first_epochs(result.early_epochs)}.\n"
         "Dead: share of units with φ'(z) = 0 in the last epoch, mean and worst of the layers; half is usual for ReLU.\n"
         f"Steps: medians, by turns; vgkern's include the gradient record. Backend {environment['backend']}, "
-        f"device {environment['device']}, threads {environment['threads']}, torch {environment['torch']}. In all {result.seconds:.0f} s."
+        f"device {environment['device']}, threads {environment['threads']}, "
+        f"torch {environment['torch']}. In all {result.seconds:.0f} s."
     )

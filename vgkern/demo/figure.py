@@ -76,7 +76,7 @@ def _subtitle(result: DemoResult) -> str:
     text = (
         f"Four nets of {config.depth} weight layers on {result.train_images + result.test_images:,} handwritten digits "
         f"of 8×8 pixels, one optimiser for all: SGD, learning rate {config.learning_rate:g}, "
-        f"batches of {config.batch_size}, {config.epochs} epochs, seed {config.seed}"
+        f"batches of {config.batch_size}, {config.epochs} epoch{'s' * (config.epochs > 1)}, seed {config.seed}"
     )
     return text + (". Interrupted." if result.interrupted else ".")
 
@@ -99,7 +99,7 @@ def _gradient_panel(ax: Axes, result: DemoResult) -> None:
     floor = _floor([v for of_net in quantiles for values in of_net for v in values])
     has_zero = any(v == 0 for _, median, _ in quantiles for v in median)
     for net, of_net in zip(result.nets, quantiles, strict=True):
-        low, median, high = ([max(v, floor) for v in values] for values in of_net)
+        low, median, high = ([max(v, floor) if math.isfinite(v) else math.nan for v in values] for values in of_net)
         look = _LOOKS[net.key]
         ax.fill_between(layers, low, high, color=look["color"], alpha=0.16, linewidth=0)
         ax.plot(layers, median, label=net.label, **look)
@@ -127,7 +127,8 @@ def _gain_panel(ax: Axes, result: DemoResult) -> None:
     _title(ax, "Gain of each activation layer", "‖dx‖ / ‖dy‖ in grad_stats(), convolutions excluded")
     ends: list[tuple[float, float] | None] = []
     for net in result.nets:
-        gain, look = net.early("gain"), _LOOKS[net.key]
+        # Without a gradient there is no gain to draw.
+        gain, look = [v if v > 0 else math.nan for v in net.early("gain")], _LOOKS[net.key]
         layers = range(1, len(gain) + 1)
         if net.residual:
             # Two kinds of layer by turns: a line would only zigzag. At the sum, the shortcut carries the rest.
@@ -196,7 +197,7 @@ def _floor(values: list[float]) -> float:
 
 def _decade_ticks(ax: Axes) -> None:
     """Ticks at every power of ten, or at every second, fifth, ... of them, so that there are at most nine."""
-    low, high = (math.log10(limit) for limit in ax.get_ylim())
+    low, high = (math.log10(max(limit, 1e-300)) for limit in ax.get_ylim())
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if (high - low) / step <= 9)
     ax.set_yticks([10.0**power for power in range(math.ceil(low / step) * step, math.floor(high) + 1, step)])
 
@@ -235,7 +236,10 @@ def _label_lines(
             text, point, xytext=(-10 if side == "left" else 10, (pixel - y) / pixels_per_point),
             textcoords="offset points", ha="right" if side == "left" else "left", va="center", color=colour,
             fontsize=_LABEL_SIZE, fontweight="bold", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 0},
+            arrowprops={
+                "arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 0,
+                "relpos": (1, 0.5) if side == "left" else (0, 0.5),
+            },
         )  # fmt: skip
 
 
