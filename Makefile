@@ -9,8 +9,9 @@ SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/isa/*.cpp) setup.py pyproject.tom
 demo: $(VENV)/.built
 	$(BIN)/vgkern demo
 
+# Two processes of one thread each: threads that outnumber the cores spin. What needs threads sets their number itself.
 test: $(VENV)/.built
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
 
 bench: $(VENV)/.built
 	$(BIN)/python -m benchmarks micro --layout contiguous channels_last --dtype float32 bfloat16

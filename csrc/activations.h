@@ -224,7 +224,7 @@ struct Mish : Smooth<R, Mish> {
     const Vec<R> n = e * (e + R(2));
     const Vec<R> r = R(1) / (n + R(2));
     const Vec<R> factor = fma(z, Vec<R>(0), bounded);  // z where it matters, and NaN at inf, as PyTorch has it
-    return r * fma(factor * (R(4) * r), e * (e + R(1)), n);
+    return r * fma(factor * (e * (e + R(1))), R(4) * r, n);
   }
 };
 

@@ -10,9 +10,9 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
-import pytest
+import pytest  # noqa: E402
 
-import vgkern
+import vgkern  # noqa: E402
 
 BACKENDS = ("cpu", "reference", "triton")
 

@@ -496,14 +496,16 @@ TARGETS = {"cuda:80": ("cuda", 80, 32), "cuda:90": ("cuda", 90, 32), "hip:gfx942
 # Every kernel, both layouts, all dtypes; 10 seconds a target or so.
 COMPACT = [
     {"shape": (32, 3, 3136)},
-    {"shape": (20, 40, 10), "layout": "rows", "activation": "gelu", "residual": False, "dtype": torch.bfloat16},
+    {"shape": (10, 40, 10), "layout": "rows", "activation": "gelu", "residual": False, "dtype": torch.bfloat16},
     {"shape": (64, 40, 100), "layout": "rows", "activation": "prelu", "dtype": torch.float16, "bounds": (0.0, 1.0)},
     {"shape": (20, 40, 49), "mode": "running", "activation": "mish", "dtype": torch.float64},
+    {"shape": (4, 1, 9)},  # sizes of 1 are constants to the compiler
+    {"shape": (1, 1, 1), "mode": "none"},
 ]
 
 
 def _everything():
-    """Each activation in every dtype and mode: a channel that fits a program; one that does not, bounded; and neither."""
+    """Each activation in every dtype and mode; channels that fit a program, and channels that do not."""
     for activation, dtype in itertools.product(activations.TABLE, ops.FLOATING_DTYPES):
         common = {"activation": activation, "dtype": dtype}
         yield {"shape": (20, 40, 49), "residual": False, **common}

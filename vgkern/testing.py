@@ -29,7 +29,7 @@ RECORD_TOLERANCE = 1e-5
 #: Units in the last place beyond PyTorch's error; 1 but in float64, where the judge rounds as the judged do. Against
 #: 80-bit arithmetic the judge itself was off by 5 units in a sum of 140 terms, in PyTorch's own order of summation, and
 #: by 11 from PyTorch where a steep φ' magnifies what z is off by.
-ALLOWED_ULPS = {torch.float64: 16.0}
+ALLOWED_ULPS = {torch.float64: 32.0}
 
 #: Below this derivative, whether a unit counts as dead depends on the dtype.
 SATURATED = 1e-6
@@ -44,7 +44,7 @@ class Row:
         error: largest absolute error against float64; for a norm of the record, relative.
         torch_error: the same of PyTorch's own operations in the same dtype; 0 for the record.
         allowed: what ``error`` may exceed ``torch_error`` by: one unit in the last place of the largest value
-            (sixteen in float64, where the judge rounds as well).
+            (32 in float64, where the judge rounds as well).
         ok: ``error <= torch_error + allowed``; False for NaN.
     """
 
@@ -74,9 +74,11 @@ def _ulp(reference: Tensor, dtype: torch.dtype) -> float:
 
 def _activate(layer: Layer, z: Tensor, weight: Tensor | None) -> Tensor:
     row, args = layer.activation.row, layer.activation.args
-    if row.name == "hardsigmoid" and z.dtype == torch.float64:
-        # PyTorch's backward multiplies by a float32 1/6 in every dtype: 3e-8 off, too coarse for a judge.
-        return F.relu6(z + 3) / 6
+    if z.dtype == torch.float64:  # where PyTorch's own function is too coarse for a judge
+        if row.name == "hardsigmoid":  # its backward multiplies by a float32 1/6 in every dtype: 3e-8 off
+            return F.relu6(z + 3) / 6
+        if row.name == "gelu" and args[0]:  # its 1 + tanh(u) cancels: 5e-15 off at -7, against 40 digits
+            return z * torch.sigmoid(math.sqrt(8 / math.pi) * (z + 0.044715 * z**3))
     return row.reference(z, *args) if weight is None else row.reference(z, *args, weight.to(z.dtype))
 
 

@@ -107,15 +107,18 @@ def batch_norm_act_backward(
     training, eps, activation, activation_args, min_norm, max_norm, output_mask,
 ):  # fmt: skip
     want_dx, want_dresidual, want_dweight, want_dbias, want_dactivation_weight, want_record = output_mask
-    none = x.new_empty((0,))
+
+    def none() -> Tensor:  # each its own: outputs of an operator must not alias
+        return x.new_empty((0,))
+
     parameter = weight if weight is not None else bias if bias is not None else x
     channels = ops.geometry(x)[1]
-    dx = torch.empty_like(x) if want_dx else none
-    dresidual = torch.empty_like(x) if want_dresidual else none
-    dweight = parameter.new_empty((channels,)) if want_dweight else none
-    dbias = parameter.new_empty((channels,)) if want_dbias else none
-    dactivation_weight = torch.empty_like(activation_weight) if want_dactivation_weight else none
-    record = x.new_empty((len(ops.RECORD_FIELDS),), dtype=torch.float64) if want_record else none
+    dx = torch.empty_like(x) if want_dx else none()
+    dresidual = torch.empty_like(x) if want_dresidual else none()
+    dweight = parameter.new_empty((channels,)) if want_dweight else none()
+    dbias = parameter.new_empty((channels,)) if want_dbias else none()
+    dactivation_weight = torch.empty_like(activation_weight) if want_dactivation_weight else none()
+    record = x.new_empty((len(ops.RECORD_FIELDS),), dtype=torch.float64) if want_record else none()
     weight, bias, activation_weight, statistics = _contiguous(weight, bias, activation_weight, statistics)
     _C.batch_norm_act_backward(
         *_common(x, residual, weight, bias, activation_weight, training, eps, activation, activation_args),
