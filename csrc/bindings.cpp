@@ -20,9 +20,9 @@ T* to(Pointer p) {
 
 template <class Call>
 Call common(bool rows, int64_t batch, int64_t channels, int64_t spatial, DataType dtype, int threads, bool training,
-            double eps, int activation, std::vector<double> activation_args, Pointer x, Pointer residual, Pointer weight,
-            Pointer bias, DataType parameter_dtype, Pointer activation_weight, DataType activation_weight_dtype,
-            int64_t activation_weight_size) {
+            double eps, int activation, std::vector<double> activation_args, Pointer x, Pointer residual,
+            Pointer weight, Pointer bias, DataType parameter_dtype, Pointer activation_weight,
+            DataType activation_weight_dtype, int64_t activation_weight_size) {
   Call call{};
   call.shape = {batch, channels, spatial, rows};
   call.dtype = dtype;
@@ -58,9 +58,9 @@ void forward(bool rows, int64_t batch, int64_t channels, int64_t spatial, int dt
 
 void backward(bool rows, int64_t batch, int64_t channels, int64_t spatial, int dtype, int threads, bool training,
               double eps, int activation, std::vector<double> activation_args, Pointer x, Pointer residual,
-              Pointer weight, Pointer bias, int parameter_dtype, Pointer activation_weight,
-              int activation_weight_dtype, int64_t activation_weight_size, Pointer dy, Pointer mask, Pointer statistics,
-              double min_norm, double max_norm, Pointer dx, Pointer dresidual, Pointer dweight, Pointer dbias,
+              Pointer weight, Pointer bias, int parameter_dtype, Pointer activation_weight, int activation_weight_dtype,
+              int64_t activation_weight_size, Pointer dy, Pointer mask, Pointer statistics, double min_norm,
+              double max_norm, Pointer dx, Pointer dresidual, Pointer dweight, Pointer dbias,
               Pointer dactivation_weight, int gradient_dtype, Pointer record) {
   auto call = common<Backward>(rows, batch, channels, spatial, DataType(dtype), threads, training, eps, activation,
                                std::move(activation_args), x, residual, weight, bias, DataType(parameter_dtype),
@@ -105,12 +105,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("batch_norm_act_forward", &forward, py::call_guard<py::gil_scoped_release>());
   m.def("batch_norm_act_backward", &backward, py::call_guard<py::gil_scoped_release>());
 
-  m.def("dtype_names", [] { return std::vector<std::string>{"float32", "float64", "bfloat16", "float16"}; },
-        "Names of the types in the order of their codes.");
+  m.def(
+      "dtype_names", [] { return std::vector<std::string>{"float32", "float64", "bfloat16", "float16"}; },
+      "Names of the types in the order of their codes.");
   m.def("activation_names", &activation_names, "Names of the activations in the order of their codes.");
   m.def("available_isas", &available_isas, "Instruction sets that this machine runs, the best first.");
   m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");
   m.def("apply_math", &apply_math, py::arg("name"), py::arg("in_ptr"), py::arg("out_ptr"), py::arg("n"),
-        py::arg("is_double"), "A function of csrc/simd_math.h over an array, in the instruction set in use; for tests.");
+        py::arg("is_double"),
+        "A function of csrc/simd_math.h over an array, in the instruction set in use; for tests.");
   m.def("use_isa", &use_isa, py::arg("name"), "Switch the whole process to an instruction set; ValueError if unknown.");
 }
