@@ -14,7 +14,7 @@ import os
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import memory, ops
 
 try:
     from .. import _C
@@ -83,7 +83,7 @@ def batch_norm_act_forward(
     x, residual, weight, bias, running_mean, running_var, activation_weight,
     training, eps, activation, activation_args, save_mask,
 ):  # fmt: skip
-    y = torch.empty_like(x)
+    y = memory.empty_like(x)
     has_statistics = training or running_mean is not None
     statistics = x.new_empty((3, x.shape[1]) if has_statistics else (0,), dtype=torch.float64)
     mask_shape = (0,)
@@ -113,8 +113,8 @@ def batch_norm_act_backward(
 
     parameter = weight if weight is not None else bias if bias is not None else x
     channels = ops.geometry(x)[1]
-    dx = torch.empty_like(x) if want_dx else none()
-    dresidual = torch.empty_like(x) if want_dresidual else none()
+    dx = memory.empty_like(x) if want_dx else none()
+    dresidual = memory.empty_like(x) if want_dresidual else none()
     dweight = parameter.new_empty((channels,)) if want_dweight else none()
     dbias = parameter.new_empty((channels,)) if want_dbias else none()
     dactivation_weight = torch.empty_like(activation_weight) if want_dactivation_weight else none()
