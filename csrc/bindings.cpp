@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bandwidth.h"
 #include "batch_norm.h"
 #include "dispatch.h"
 #include "parallel.h"
@@ -112,5 +113,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");
   m.def("apply_math", &apply_math, py::arg("name"), py::arg("in_ptr"), py::arg("out_ptr"), py::arg("n"),
         py::arg("is_double"), "A function of csrc/simd_math.h over an array, in the instruction set in use; for tests.");
+  m.def("measure_bandwidth", &measure_bandwidth, py::arg("bytes"), py::arg("threads"), py::arg("streaming"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Bytes a second of a = b + k·c over `bytes` in all, with stores that bypass the caches or not; for benchmarks.");
   m.def("use_isa", &use_isa, py::arg("name"), "Switch the whole process to an instruction set; ValueError if unknown.");
 }
