@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,6 +119,7 @@ def profile(step: Callable[[], object], repeats: int = 3) -> Profile:
     """By PyTorch's profiler, the mean of some steps."""
     from torch.profiler import ProfilerActivity
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would write a line whenever it starts and stops
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     step()
     with torch.profiler.profile(activities=activities) as profiler:

@@ -27,7 +27,7 @@ constexpr int64_t kHugePage = 2 << 20;
 // arrays that follow it look alike to the processor.
 constexpr int64_t kGap = 21 * kLine;
 
-constexpr auto kShortest = std::chrono::milliseconds(20);
+constexpr auto kShortest = std::chrono::milliseconds(50);  // long enough to outlast a moment in which others run
 constexpr int kFewestPasses = 5;
 
 struct Free {

@@ -548,6 +548,15 @@ def test_what_remains_without_norms_is_every_convolution(nets):
     assert all(torch.equal(a, b) for a, b in zip(weights, original, strict=True))
 
 
+def test_a_step_starts_without_gradients():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
+    step = resnet50.make_step(net, torch.randn(2, 3, 2, 2), torch.tensor([0, 3]))
+    step()
+    once = net[1].weight.grad.clone()
+    step()
+    assert torch.equal(net[1].weight.grad, once)
+
+
 def test_the_share_that_is_not_convolution():
     timings = {
         "vgkern": Timing((1.2, 2.2, 1.2)), "torch.nn": Timing((2.0, 3.0, 2.0)),
