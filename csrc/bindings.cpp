@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bandwidth.h"
 #include "batch_norm.h"
 #include "dispatch.h"
 #include "memory_pool.h"
@@ -138,5 +139,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("pool_stats", &pool_stats, "The fields of vgkern.memory.MemoryStats, in order.");
   m.def("pool_set_limit", &set_memory_limit, py::arg("bytes"));
   m.def("pool_empty", &return_idle_memory);
+  m.def(
+      "measure_bandwidth", &measure_bandwidth, py::arg("bytes"), py::arg("threads"), py::arg("streaming"),
+      py::call_guard<py::gil_scoped_release>(),
+      "Bytes a second of a = b + k·c over `bytes` in all, with stores that bypass the caches or not; for benchmarks.");
   m.def("use_isa", &use_isa, py::arg("name"), "Switch the whole process to an instruction set; ValueError if unknown.");
 }
