@@ -51,10 +51,10 @@ _FEW = "stays in L2, where what counts is latency: half the programs, and sums t
 # * 8192 resident elements are 16 a thread of 16 warps: forward_channel keeps one tensor of that size in registers,
 #   backward_channel two of half of it. float64 takes two registers an element: half of everything.
 # * Every program of the pass that follows reads the partial sums of all splits of its channels, from L2: in all
-#   C·splits²·16 bytes. In planes 1024 programs, some eight for each multiprocessor of the largest devices, are 16 splits
-#   of 64 channels: nothing. In rows, whose programs own 32 channels, as many would be 128 splits and up to 43 % of what
-#   x, residual and y are (256 channels of 56 × 56 halves, batch 32): 256 programs and 64 splits make it 3 %, and 11 %
-#   at worst (64 channels).
+#   C·splits²·16 bytes. In planes 1024 programs, some eight for each multiprocessor of the largest devices, are 16
+#   splits of 64 channels: nothing. In rows, whose programs own 32 channels, as many would be 128 splits and up to 43 %
+#   of what x, residual and y are (256 channels of 56 × 56 halves, batch 32): 256 programs and 64 splits make it 3 %,
+#   and 11 % at worst (64 channels).
 # * The float64 sums of backward_reduce fill registers. For sm_90 it takes 90 to 102 in planes and 121 in rows: two
 #   programs of eight warps a multiprocessor, occupancy 25 %. In rows of halves, where a thread has eight channels, it
 #   is 200: one program, 12 %. So bytes in flight come from stages, by asynchronous copies to shared memory that cost no
