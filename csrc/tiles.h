@@ -430,7 +430,8 @@ VGKERN_INLINE void differentiate(Derivative<R, VECTORS>& out, const F& activatio
 
 // ---- Passes --------------------------------------------------------------------------------------------------------
 
-// Σ (x − pivot) and Σ (x − pivot)², over strips in S.
+// Σ (x − pivot) in float64, and Σ (x − pivot)² over strips in S: mean is right to its own last place, where it is small
+// beside the deviation too; var, which has no such place, to 1e-7.
 template <class T, class S>
 struct StatisticsPass {
   using Element = T;
@@ -446,7 +447,8 @@ struct StatisticsPass {
     int64_t channel;
     PerColumn<R, COLUMNS> pivot{pass.tile, channel, kPivot};
     R fill = *Parameters<R>{pass.tile, channel}.at(kPivot);
-    StretchSum<R, S, COLUMNS> sum, squares;
+    WideSum<R, COLUMNS> sum;
+    StretchSum<R, S, COLUMNS> squares;
 
     VGKERN_INLINE Stretch(StatisticsPass& pass, int64_t channel) : pass(pass), channel(channel) {}
 
@@ -456,14 +458,11 @@ struct StatisticsPass {
       load_block(x, static_cast<const T*>(pass.tile.x), at, fill);
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
         const S deviation = S(x[j]) - S(pivot[j]);
-        sum.add(j, deviation);
+        sum.add(j, Wide<R>(deviation));
         squares.add_product(j, deviation, deviation);
       });
     }
-    VGKERN_INLINE void end_strip() {
-      sum.end_strip();
-      squares.end_strip();
-    }
+    VGKERN_INLINE void end_strip() { squares.end_strip(); }
     VGKERN_INLINE void finish() {
       pass.sums.add(kDeviation, channel, sum);
       pass.sums.add(kDeviationSquares, channel, squares);
