@@ -103,7 +103,6 @@ void gradient_norms(const KernelTable& table, const std::vector<Array>& arrays, 
 }
 
 void scale_arrays(const KernelTable& table, const std::vector<Array>& arrays, double factor, int threads) {
-  if (factor == 1) return;
   const std::vector<Chunk> chunks = chunks_of(arrays);
   for_each_chunk(chunks, threads, [&](int64_t i) {
     const Array& array = arrays[chunks[i].array];

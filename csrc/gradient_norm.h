@@ -21,7 +21,7 @@ struct Array {
 void gradient_norms(const KernelTable& table, const std::vector<Array>& arrays, double p, int threads, double* norms,
                     double* total);
 
-// x ← x·factor for all elements of all arrays; nothing is written where the factor is 1.
+// x ← x·factor for all elements of all arrays, rounded once.
 void scale_arrays(const KernelTable& table, const std::vector<Array>& arrays, double factor, int threads);
 
 }  // namespace vgkern

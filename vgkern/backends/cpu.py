@@ -137,7 +137,7 @@ def gradient_norms(
     """(norms, total, factor), as ``vgkern.backends`` says: 1 read of each tensor, 2 for p other than 1, 2 and inf."""
     out = torch.empty(len(tensors) + 1, dtype=torch.float64)
     norms, total = out[:-1], out[-1]
-    tensors = [t if ops.is_dense(t) else t.contiguous() for t in tensors]
+    tensors = [t if t.is_contiguous() or ops.is_dense(t) else t.contiguous() for t in tensors]
     _C.gradient_norms(*_list(tensors), norm_type, torch.get_num_threads(), norms.data_ptr(), total.data_ptr())
     return norms, total, ops.clip_factor(total, max_norm)
 
@@ -145,11 +145,12 @@ def gradient_norms(
 def scale_gradients_(tensors: Sequence[Tensor], factor: Tensor) -> None:
     """x ← x·factor in place, as ``vgkern.backends`` says: one read and one write of each tensor, or nothing."""
     value = factor.item()
+    if value == 1:
+        return
     _C.scale_arrays(*_list([t for t in tensors if ops.is_dense(t)]), value, torch.get_num_threads())
-    if value != 1:
-        for t in tensors:
-            if not ops.is_dense(t):
-                t.mul_(value)
+    for t in tensors:
+        if not ops.is_dense(t):
+            t.mul_(value)
 
 
 def _list(tensors: Sequence[Tensor]) -> tuple[list[int], list[int], list[int]]:
