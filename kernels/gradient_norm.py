@@ -1,9 +1,10 @@
+# ruff: noqa: RET505, SIM102, SIM300 -- a branch on a compile-time constant chooses between programs: both arms stay visible
 """Norms of a list of tensors, and scaling the list by a factor that stays on the device: Triton kernels.
 
 ::
 
-    norms[i] = (Σ|x|ᵖ)^(1/p) over tensor i      total = (Σ|x|ᵖ)^(1/p) over all      factor = min(1, max_norm / (total + 1e-6))
-    x ← x·factor
+    norms[i] = (Σ|x|ᵖ)^(1/p) over tensor i      total = (Σ|x|ᵖ)^(1/p) over all
+    factor = min(1, max_norm / (total + 1e-6))  x ← x·factor
 
 =========  ==========================================  ==================================================
 call       kernels                                     memory traffic, u: one read or write of all tensors
@@ -39,7 +40,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -48,7 +49,7 @@ from torch import Tensor
 
 from . import batch_norm
 
-__all__ = ["DTYPES", "norms", "scale_"]
+__all__ = ["DTYPES", "norm_launches", "norms", "scale_", "scale_launches"]
 
 #: The dtypes that a list may hold; their place is their code in the table.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -217,7 +218,9 @@ def norm_partial_kernel(
 
 
 @triton.jit
-def _merge(partials_ptr, first, count, num_chunks, power, KIND: tl.constexpr, TENSORS: tl.constexpr, CHUNKS: tl.constexpr):
+def _merge(
+    partials_ptr, first, count, num_chunks, power, KIND: tl.constexpr, TENSORS: tl.constexpr, CHUNKS: tl.constexpr
+):
     """The norms of (TENSORS,) stretches of chunks, ``count`` of them from ``first``."""
     most = tl.max(count, axis=0)
     lane = tl.arange(0, CHUNKS)[None, :]
@@ -378,11 +381,35 @@ def _describe(tensors: Sequence[Tensor]) -> _List:
     return entry
 
 
-def _num_warps() -> int:
-    """Warps that make up _THREADS, so that 8 half-precision elements of a thread are 16 bytes where a warp is 64 wide."""
-    if batch_norm.INTERPRETED:
-        return 4
-    return _THREADS // triton.runtime.driver.active.get_current_target().warp_size
+def _options() -> dict[str, Any]:
+    """_THREADS threads, whatever the width of a warp: 8 half-precision elements, 16 bytes, for each."""
+    warp = 32 if batch_norm.INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
+    return {"num_warps": _THREADS // warp, "enable_fp_fusion": False}
+
+
+def norm_launches(
+    tensors: Sequence[Tensor], norm_type: float, max_norm: float
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[batch_norm.Launch]]:
+    """(what :func:`norms` returns, the launches that fill it)."""
+    kind = {1.0: _MAGNITUDES, 2.0: _SQUARES, math.inf: _LARGEST}.get(norm_type, _POWERS)
+    entry = _describe(tensors)
+    out = torch.empty(entry.num_tensors + 2, dtype=torch.float64, device=tensors[0].device)
+    partials = torch.empty((2, max(entry.num_chunks, 1)), dtype=torch.float64, device=out.device)
+    norms, total, factor = out[:-2], out[-2], out[-1]
+    both = {
+        "table_ptr": entry.table, "partials_ptr": partials, "power": norm_type, "num_tensors": entry.num_tensors,
+        "num_chunks": entry.num_chunks, "KIND": kind,
+    }  # fmt: skip
+    partial = {**both, "tiles_per_chunk": entry.tiles_per_chunk, "DTYPES": entry.dtypes, "TILE": _TILE}
+    merge = {
+        **both, "norms_ptr": norms, "total_ptr": total, "factor_ptr": factor, "max_norm": max_norm,
+        "TENSORS": _MERGE_TENSORS, "CHUNKS": _MERGE_CHUNKS,
+    }  # fmt: skip
+    merge_grid = (1 + triton.cdiv(entry.num_tensors, _MERGE_TENSORS),)
+    launches = [batch_norm.Launch(norm_merge_kernel, merge_grid, merge, {"num_warps": 4, "enable_fp_fusion": False})]
+    if entry.num_chunks:
+        launches.insert(0, batch_norm.Launch(norm_partial_kernel, (entry.num_chunks,), partial, _options()))
+    return (norms, total, factor), launches
 
 
 def norms(tensors: Sequence[Tensor], norm_type: float, max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -397,22 +424,21 @@ def norms(tensors: Sequence[Tensor], norm_type: float, max_norm: float) -> tuple
         (norms, total, factor): float64, (T,), () and (). ``factor = min(1, max_norm / (total + 1e-6))``, NaN if the
         total is.
     """
-    kind = {1.0: _MAGNITUDES, 2.0: _SQUARES, math.inf: _LARGEST}.get(norm_type, _POWERS)
-    with batch_norm._on_device_of(tensors[0]):
-        entry = _describe(tensors)
-        out = torch.empty(entry.num_tensors + 2, dtype=torch.float64, device=tensors[0].device)
-        partials = torch.empty((2, max(entry.num_chunks, 1)), dtype=torch.float64, device=out.device)
-        results = out[:-2], out[-2], out[-1]
-        if entry.num_chunks:
-            norm_partial_kernel[(entry.num_chunks,)](
-                entry.table, partials, norm_type, entry.num_tensors, entry.num_chunks, entry.tiles_per_chunk,
-                KIND=kind, DTYPES=entry.dtypes, TILE=_TILE, num_warps=_num_warps(), enable_fp_fusion=False,
-            )  # fmt: skip
-        norm_merge_kernel[(1 + triton.cdiv(entry.num_tensors, _MERGE_TENSORS),)](
-            entry.table, partials, *results, norm_type, max_norm, entry.num_tensors, entry.num_chunks,
-            KIND=kind, TENSORS=_MERGE_TENSORS, CHUNKS=_MERGE_CHUNKS, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+    results, launches = norm_launches(tensors, norm_type, max_norm)
+    batch_norm.launch(launches, tensors[0].device)
     return results
+
+
+def scale_launches(tensors: Sequence[Tensor], factor: Tensor) -> list[batch_norm.Launch]:
+    """The launch of :func:`scale_`; none where there are no elements."""
+    entry = _describe(tensors)
+    if not entry.num_chunks:
+        return []
+    args = {
+        "table_ptr": entry.table, "factor_ptr": factor, "num_tensors": entry.num_tensors,
+        "tiles_per_chunk": entry.tiles_per_chunk, "DTYPES": entry.dtypes, "TILE": _TILE,
+    }  # fmt: skip
+    return [batch_norm.Launch(gradient_scale_kernel, (entry.num_chunks,), args, _options(), conditional=True)]
 
 
 def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
@@ -420,10 +446,4 @@ def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
 
     Where the factor is 1 nothing is written, and no tensor is read.
     """
-    with batch_norm._on_device_of(tensors[0]):
-        entry = _describe(tensors)
-        if entry.num_chunks:
-            gradient_scale_kernel[(entry.num_chunks,)](
-                entry.table, factor, entry.num_tensors, entry.tiles_per_chunk,
-                DTYPES=entry.dtypes, TILE=_TILE, num_warps=_num_warps(), enable_fp_fusion=False,
-            )  # fmt: skip
+    batch_norm.launch(scale_launches(tensors, factor), tensors[0].device)

@@ -4,18 +4,22 @@ A tensor is seen as ``num_outer`` × ``num_channels`` × ``inner_size``: planes 
 (channels_last: R = N·S rows whose inner axis *is* the channel axis). A tile is ``runs`` × ``inner`` elements: ``inner``
 neighbours (of a plane, or channels of a row) in each of ``runs`` planes or rows. A program owns ``channels`` channels,
 and of these one of ``num_splits`` parts: it walks ``tiles_per_split`` tiles, or keeps all it has in one.
+
+``vgkern tune`` times :func:`candidates` on the GPU at hand and prints rows in the form of :data:`TABLE`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-__all__ = ["TABLE", "Blocks", "Limits", "choose", "power_of_two"]
+__all__ = ["LARGE", "TABLE", "Blocks", "Limits", "candidates", "choose", "key", "power_of_two"]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """One row of the table: what the blocks of a layout and width may be.
+    """One row of the table: what the blocks of a layout, element and size class may be.
 
     ``inner``, ``elements``: of a tile that is walked, at most; ``resident``: elements that a program may keep in
     registers; ``programs``: how many are wanted; ``splits``: into how many parts a channel is cut at most; ``warp``:
@@ -28,43 +32,65 @@ class Limits:
     programs: int
     splits: int
     warp: int
+    reason: str = ""
 
 
-# By layout and width, the bytes of an element of x. On CUDA and ROCm alike:
-# * 256 elements a warp are 8 a thread of 32: one or two 16-byte loads a tensor. For sm_80 ptxas gives backward_reduce,
-#   which keeps dy, x, dz and float64 products of them, 105 to 112 registers in planes; with 16 a thread it was 174 and
-#   more, which leaves a multiprocessor one program. float64 takes two registers an element: half of everything.
-# * 8192 resident elements are 16 a thread of 16 warps, where forward_channel takes 118 of the 128 registers that there
-#   are (gelu); backward_channel, which keeps two tensors, spilled at that size and gets half.
-# * 1024 programs are some eight for each multiprocessor of the largest devices, which evens out the tail. The number is
-#   fixed, so that the bits of a result do not depend on the size of the device.
+#: Elements of x from which a tensor is "large": 16 MiB of float32. Below, all that a layer reads and writes stays in the
+#: L2 cache of an A100 or H100 (40, 50 MB), and a kernel takes ten microseconds or so.
+LARGE = 2**22
+
+_FEW = "stays in L2, where what counts is latency: half the programs, and sums that the next launch merges in one step"
+
+# By layout, element and size class; the same on CUDA and ROCm, and whatever the device, so that the bits of a result do
+# not depend on it. Beyond each row's reason:
+# * 256 elements a warp are 8 a thread of 32, one or two 16-byte loads a tensor.
+# * 8192 resident elements are 16 a thread of 16 warps: forward_channel keeps one tensor of that size in registers,
+#   backward_channel two of half of it. float64 takes two registers an element: half of everything.
+# * 1024 programs are some eight for each multiprocessor of the largest devices, which evens out the tail.
 # * 128 splits: each program of the pass that follows reads the partial sums of all of them.
-TABLE: dict[tuple[str, int], Limits] = {
-    # A tile is a stretch of one plane, or several planes where these are short.
-    ("planes", 2): Limits(2048, 2048, 8192, 1024, 128, 256),
-    ("planes", 4): Limits(2048, 2048, 8192, 1024, 128, 256),
-    ("planes", 8): Limits(1024, 1024, 4096, 1024, 128, 128),
-    # 64 to 128 neighbouring bytes, whole 32-byte sectors. Wider tiles would leave a layer of 64 channels, where
-    # activations are largest, with too few programs or too many splits to merge.
-    ("rows", 2): Limits(32, 2048, 8192, 1024, 128, 256),
-    ("rows", 4): Limits(32, 2048, 8192, 1024, 128, 256),
-    ("rows", 8): Limits(16, 1024, 4096, 1024, 128, 128),
-    # Width 0 is the interpreter, where a tile costs milliseconds and an element nanoseconds: few and large.
-    ("planes", 0): Limits(65536, 65536, 131072, 2, 8, 65536),
-    ("rows", 0): Limits(256, 65536, 131072, 2, 8, 65536),
+TABLE: dict[tuple[str, str, str], Limits] = {
+    ("planes", "float32", "large"): Limits(
+        2048, 2048, 8192, 1024, 128, 256, "a stretch of one plane: two 16-byte loads a thread and tensor in flight"
+    ),
+    ("planes", "float32", "small"): Limits(2048, 2048, 8192, 512, 32, 256, _FEW),
+    ("planes", "half", "large"): Limits(
+        2048, 2048, 8192, 1024, 128, 256, "one 16-byte load a thread and tensor: with two, float64 sums fill registers"
+    ),
+    ("planes", "half", "small"): Limits(2048, 2048, 8192, 512, 32, 256, _FEW),
+    ("planes", "float64", "large"): Limits(1024, 1024, 4096, 1024, 128, 128, "two registers an element: half of float32"),
+    ("planes", "float64", "small"): Limits(1024, 1024, 4096, 512, 32, 128, _FEW),
+    ("rows", "float32", "large"): Limits(
+        32, 2048, 8192, 1024, 128, 256, "128 neighbouring bytes; wider leaves 64 channels with too few programs"
+    ),
+    ("rows", "float32", "small"): Limits(32, 2048, 8192, 512, 32, 256, _FEW),
+    ("rows", "half", "large"): Limits(
+        32, 2048, 8192, 1024, 128, 256, "64 neighbouring bytes, two whole sectors; wider leaves too few programs"
+    ),
+    ("rows", "half", "small"): Limits(32, 2048, 8192, 512, 32, 256, _FEW),
+    ("rows", "float64", "large"): Limits(16, 1024, 4096, 1024, 128, 128, "128 neighbouring bytes, half of float32"),
+    ("rows", "float64", "small"): Limits(16, 1024, 4096, 512, 32, 128, _FEW),
+    **{
+        (layout, "interpreted", size): Limits(
+            inner, 65536, 131072, 2, 8, 65536, "a tile costs milliseconds and an element nanoseconds: few and large"
+        )
+        for layout, inner in (("planes", 65536), ("rows", 256))
+        for size in ("small", "large")
+    },
 }
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The cut of one tensor; ``runs``, ``inner`` and ``channels`` (of a program) are powers of two.
+    """The cut of one tensor; ``runs``, ``inner``, ``channels`` (of a program) and ``group`` are powers of two.
 
-    ``resident``: one tile holds all elements of a program's channels.
+    ``group``: how many elements of a channel one thread holds side by side (planes) or in rows far apart (rows): their
+    sum needs no other thread. ``resident``: one tile holds all elements of a program's channels.
     """
 
     runs: int
     inner: int
     channels: int
+    group: int
     num_tiles: int
     tiles_per_split: int
     num_splits: int
@@ -82,13 +108,20 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def choose(rows: bool, width: int, num_outer: int, num_channels: int, inner_size: int, live: int) -> Blocks:
+def key(rows: bool, element: str, num_elements: int) -> tuple[str, str, str]:
+    """The key of :data:`TABLE` for a tensor of that many elements."""
+    return "rows" if rows else "planes", element, "large" if num_elements >= LARGE else "small"
+
+
+def choose(rows: bool, element: str, num_outer: int, num_channels: int, inner_size: int, live: int) -> Blocks:
     """Cut a tensor of ``num_outer`` × ``num_channels`` × ``inner_size`` (rows: ``inner_size`` = ``num_channels``).
 
-    ``width``: bytes of an element of x, or 0 under the interpreter. ``live``: how many tensors the pass would have to
-    keep in registers to read each of them once; 0 for a pass that gains nothing by that.
+    ``element``: "half", "float32", "float64", or "interpreted". ``live``: how many tensors the pass would have to keep
+    in registers to read each of them once; 0 for a pass that gains nothing by that.
     """
-    limits = TABLE["rows" if rows else "planes", width]
+    num_elements = num_outer * inner_size * (1 if rows else num_channels)
+    limits = TABLE[key(rows, element, num_elements)]
+    vector = {"float32": 4, "float64": 2}.get(element, 8)  # elements of a 16-byte load
     outer = power_of_two(num_outer)
     inner = max(power_of_two(inner_size), 8)  # 8: the bits of a mask are packed along the inner axis
     if rows:
@@ -111,6 +144,21 @@ def choose(rows: bool, width: int, num_outer: int, num_channels: int, inner_size
     tiles_per_split = _cdiv(num_tiles, wanted)
     num_splits = _cdiv(num_tiles, tiles_per_split)
     num_warps = min(max(power_of_two(runs * inner // limits.warp), 4), 16)
+    group = min(max(runs * inner // (num_warps * 32 * vector), 1), runs) if rows else vector
     return Blocks(
-        runs, inner, channels, num_tiles, tiles_per_split, num_splits, num_blocks * num_splits, num_warps, resident
-    )
+        runs, inner, channels, group, num_tiles, tiles_per_split, num_splits, num_blocks * num_splits, num_warps,
+        resident,
+    )  # fmt: skip
+
+
+def candidates(row: tuple[str, str, str]) -> Iterator[Limits]:
+    """What ``vgkern tune`` tries for a row of the table, the row itself first."""
+    limits = TABLE[row]
+    inners = (limits.inner,) if row[0] == "planes" else (limits.inner, 2 * limits.inner)
+    factors = itertools.product(inners, (1, 2), (1, 2), (1, 2))
+    for inner, larger, fewer, wider in factors:
+        yield replace(
+            limits, inner=inner * (larger if row[0] == "planes" else 1), elements=limits.elements * larger,
+            programs=limits.programs // fewer, splits=max(limits.splits // fewer, 1), warp=limits.warp * wider,
+            reason=limits.reason if (inner, larger, fewer, wider) == (limits.inner, 1, 1, 1) else "measured",
+        )  # fmt: skip

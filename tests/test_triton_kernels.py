@@ -44,9 +44,9 @@ def small_blocks(monkeypatch):
     """Tiles of a few elements: every tensor is many tiles, programs and splits, and no channel fits one program."""
 
     def use(elements: int = 64, inner: int = 16, programs: int = 64, splits: int = 4, resident: int = 0) -> None:
-        for layout, width in list(tuning.TABLE):
-            limits = tuning.Limits(inner if layout == "planes" else 8, elements, resident, programs, splits, 512)
-            monkeypatch.setitem(tuning.TABLE, (layout, width), limits)
+        for row in list(tuning.TABLE):
+            limits = tuning.Limits(inner if row[0] == "planes" else 8, elements, resident, programs, splits, 512)
+            monkeypatch.setitem(tuning.TABLE, row, limits)
 
     use()
     return use
@@ -135,14 +135,14 @@ def bits(tensors):
 # -- how a tensor is cut -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("layout", "width"), tuning.TABLE)
+@pytest.mark.parametrize(("layout", "element"), sorted({row[:2] for row in tuning.TABLE}))
 @pytest.mark.parametrize("live", [0, 1, 2])
-def test_a_cut_covers_the_tensor_and_fits_the_machine(layout, width, live):
+def test_a_cut_covers_the_tensor_and_fits_the_machine(layout, element, live):
     sizes = (1, 2, 7, 31, 32, 33, 1000, 2**20 + 1)
     for outer, channels, spatial in itertools.product(sizes, sizes, (1, 49, 3136, 2**31 + 5)):
         inner = channels if layout == "rows" else spatial
-        blocks = tuning.choose(layout == "rows", width, outer, channels, inner, live)
-        for n in (blocks.runs, blocks.inner, blocks.channels, blocks.num_warps):
+        blocks = tuning.choose(layout == "rows", element, outer, channels, inner, live)
+        for n in (blocks.runs, blocks.inner, blocks.channels, blocks.group, blocks.num_warps):
             assert n & (n - 1) == 0
         outer_block = blocks.runs if layout == "rows" else blocks.runs // blocks.channels
         per_run = 1 if layout == "rows" else -(-spatial // blocks.inner)
@@ -164,7 +164,7 @@ def _offsets_kernel(
     ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     _, _, _, offset, inside = batch_norm._tile(
-        tile, channel, num_outer, num_channels, inner_size, ROWS, RUNS, INNER, INNER if ROWS else 1
+        tile, channel, num_outer, num_channels, inner_size, ROWS, RUNS, INNER, INNER if ROWS else 1, 1
     )
     place = tl.arange(0, RUNS)[:, None] * INNER + tl.arange(0, INNER)[None, :]
     tl.store(out_ptr + place, tl.where(inside, offset, -1))
@@ -223,7 +223,7 @@ def test_many_tiles(small_blocks, case):
 @pytest.mark.parametrize("channels", [2, 9])
 def test_several_channels_a_program_of_planes(small_blocks, channels):
     small_blocks(elements=256, programs=2)
-    assert tuning.choose(False, 0, 5, channels, 7, 0).channels > 1 or channels == 2
+    assert tuning.choose(False, "interpreted", 5, channels, 7, 0).channels > 1 or channels == 2
     Case(shape=(5, channels, 7), activation="leaky_relu").assert_passes("triton")
     small_blocks(elements=256, programs=2, resident=4096)
     Case(shape=(5, channels, 7), activation="prelu").assert_passes("triton")
@@ -428,17 +428,13 @@ def test_halves_are_rounded_to_nearest_even():
 
 LAUNCHES = {
     ("batch", "resident", False): (["forward_channel"], ["backward_channel", "backward_finish"]),
-    ("batch", "walked", False): (
-        ["forward_statistics", "forward_apply"],
-        ["backward_reduce", "backward_apply", "backward_finish"],
-    ),
-    ("batch", "walked", True): (
-        ["forward_statistics", "forward_apply"],
-        ["backward_reduce", "backward_apply", "backward_finish", "backward_apply"],
-    ),
+    ("batch", "resident", True): (["forward_channel"], ["backward_channel", "backward_apply"]),
+    ("batch", "walked", False): (["forward_statistics", "forward_apply"], ["backward_reduce", "backward_apply"]),
+    ("batch", "walked", True): (["forward_statistics", "forward_apply"], ["backward_reduce", "backward_apply"]),
     ("running", "walked", False): (["forward_apply"], ["backward_reduce", "backward_finish"]),
-    ("running", "walked", True): (["forward_apply"], ["backward_reduce", "backward_finish", "backward_reduce"]),
+    ("running", "walked", True): (["forward_apply"], ["backward_reduce", "backward_apply"]),
     ("none", "walked", False): (["forward_apply"], ["backward_reduce", "backward_finish"]),
+    ("none", "walked", True): (["forward_apply"], ["backward_reduce", "backward_apply"]),
 }
 
 
