@@ -232,22 +232,21 @@ def _group_sums(block, ROWS: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _group_squares(block, ROWS: tl.constexpr, GROUP: tl.constexpr):
-    """Σ block² over each group of a tile, float64, to float32's precision and for float32 of any finite magnitude.
+def _group_squares(block, VECTOR: tl.constexpr):
+    """Σ block² over each VECTOR neighbours, float64, to float32's precision and for float32 of any finite magnitude.
 
     Each group of float32 is scaled by a power of two near its largest, so that its squares neither vanish nor overflow;
     one with an infinity is not, so that its sum is inf; NaN goes through the product.
     """
-    AXIS: tl.constexpr = 0 if ROWS else 2
-    groups = _groups(block, ROWS, GROUP)
+    groups = _groups(block, False, VECTOR)
     if block.dtype == tl.float64:
-        return tl.sum(groups * groups, axis=AXIS)
+        return tl.sum(groups * groups, axis=2)
     else:
-        exponent = tl.max(tl.abs(groups), axis=AXIS, keep_dims=True).to(tl.int32, bitcast=True) >> 23
+        exponent = tl.max(tl.abs(groups), axis=2, keep_dims=True).to(tl.int32, bitcast=True) >> 23
         exponent = tl.where(exponent == 255, 127, tl.minimum(tl.maximum(exponent, 1), 253))
         scaled = groups * ((254 - exponent) << 23).to(tl.float32, bitcast=True)
         power = (exponent << 23).to(tl.float32, bitcast=True).to(tl.float64)
-        return tl.sum(scaled * scaled, axis=AXIS).to(tl.float64) * tl.sum(power * power, axis=AXIS)
+        return tl.sum(scaled * scaled, axis=2).to(tl.float64) * tl.sum(power * power, axis=2)
 
 
 @triton.jit
@@ -454,12 +453,12 @@ def _save_sums(
 
 
 @triton.jit
-def _counts(dy, dead, inside, ROWS: tl.constexpr, GROUP: tl.constexpr):
-    """Of each group of a tile: Σdy², how many elements are dead, and how many of dy are inf or NaN."""
+def _counts(dy, dead, inside, VECTOR: tl.constexpr):
+    """Of each VECTOR neighbours, whatever their channels: Σdy², how many are dead, and how many of dy inf or NaN."""
     finite = tl.abs(dy) < float("inf")
     nonfinite = inside & (finite == 0)
-    dead_count = _group_sums(dead.to(tl.int32), ROWS, GROUP)
-    return _group_squares(dy, ROWS, GROUP), dead_count, _group_sums(nonfinite.to(tl.int32), ROWS, GROUP)
+    dead_count = _group_sums(dead.to(tl.int32), False, VECTOR)
+    return _group_squares(dy, VECTOR), dead_count, _group_sums(nonfinite.to(tl.int32), False, VECTOR)
 
 
 @triton.jit
@@ -507,7 +506,7 @@ _UNSPECIALISED = ["num_outer", "inner_size", "num_tiles", "tiles_per_split", "nu
 def forward_statistics_kernel(
     x_ptr, partials_ptr, num_outer, num_channels, inner_size, num_tiles, tiles_per_split, num_splits,
     ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
-    ALIGN: tl.constexpr, COMPUTE: tl.constexpr,
+    VECTOR: tl.constexpr, ALIGN: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of every channel: float64 (2, num_splits, num_channels) of Σ(x − first) and Σ(x − first)².
 
@@ -542,7 +541,7 @@ def forward_apply_kernel(
     num_outer, num_channels, inner_size, num_tiles, tiles_per_split, num_splits, channel_size,
     SLOPE_STRIDE: tl.constexpr, FORWARD: tl.constexpr, ON: tl.constexpr, ARGS: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
-    ALIGN: tl.constexpr, COMPUTE: tl.constexpr,
+    VECTOR: tl.constexpr, ALIGN: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """y = φ(γ·x̂ + β + residual), from partial sums, from running statistics, or without normalisation.
 
@@ -589,7 +588,7 @@ def forward_channel_kernel(
     num_outer, num_channels, inner_size, channel_size,
     SLOPE_STRIDE: tl.constexpr, FORWARD: tl.constexpr, ON: tl.constexpr, ARGS: tl.constexpr,
     ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
-    ALIGN: tl.constexpr, COMPUTE: tl.constexpr,
+    VECTOR: tl.constexpr, ALIGN: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Statistics and y in one pass, for channels that fit a program's registers: one tile holds all their elements.
 
@@ -645,7 +644,7 @@ def backward_reduce_kernel(
     NEEDS_XHAT: tl.constexpr, READS_Z: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
     BACKWARD: tl.constexpr, ON: tl.constexpr, WEIGHT_BACKWARD: tl.constexpr, ARGS: tl.constexpr,
     ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
-    ALIGN: tl.constexpr, COMPUTE: tl.constexpr,
+    VECTOR: tl.constexpr, ALIGN: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of the gradients and, where it is wanted here, dx = γ·r·dz: statistics that do not depend on x.
 
@@ -656,7 +655,7 @@ def backward_reduce_kernel(
     first_channel, channel, present, split, first, last = _program(
         tl.program_id(0), num_channels, num_tiles, tiles_per_split, CHANNELS
     )
-    affine, mean, rstd, _ = _saved(
+    affine, mean, rstd, _scale = _saved(
         statistics_ptr, weight_ptr, bias_ptr, slope_ptr, channel, present, num_channels, SLOPE_STRIDE,
         COMPUTE, ROWS, RUNS,
     )  # fmt: skip
@@ -665,14 +664,14 @@ def backward_reduce_kernel(
     dz_centred = _no_sums(tl.float64, ROWS, RUNS, INNER, GROUP)
     dz_sq = _no_sums(tl.float64, ROWS, RUNS, INNER, GROUP)
     dslope = _no_sums(tl.float64, ROWS, RUNS, INNER, GROUP)
-    dy_sq = _no_sums(tl.float64, ROWS, RUNS, INNER, GROUP)
-    dead_count = _no_sums(tl.int32, ROWS, RUNS, INNER, GROUP)
-    nonfinite = _no_sums(tl.int32, ROWS, RUNS, INNER, GROUP)
+    dy_sq = _no_sums(tl.float64, False, RUNS, INNER, VECTOR)
+    dead_count = _no_sums(tl.int32, False, RUNS, INNER, VECTOR)
+    nonfinite = _no_sums(tl.int32, False, RUNS, INNER, VECTOR)
     for tile in range(first, last):
         run, start, exists, offset, inside = _tile(
             tile, first_channel, num_outer, num_channels, inner_size, ROWS, RUNS, INNER, CHANNELS, ALIGN
         )
-        dy, dz, x, _, z, dead = _differentiate(
+        dy, dz, x, _centred, z, dead = _differentiate(
             dy_ptr, x_ptr, residual_ptr, mask_ptr, run, start, exists, offset, inside, inner_size, affine,
             statistics_ptr is not None, READS_Z, NEEDS_XHAT, tallies_ptr is not None, BACKWARD, ON, ARGS, COMPUTE,
         )  # fmt: skip
@@ -689,7 +688,7 @@ def backward_reduce_kernel(
             if WEIGHT_BACKWARD is not None:
                 dslope += parts[3]
         if tallies_ptr is not None:
-            counts = _counts(dy, dead, inside, ROWS, GROUP)
+            counts = _counts(dy, dead, inside, VECTOR)
             dy_sq += counts[0]
             dead_count += counts[1]
             nonfinite += counts[2]
@@ -710,7 +709,7 @@ def backward_channel_kernel(
     READS_Z: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
     BACKWARD: tl.constexpr, ON: tl.constexpr, WEIGHT_BACKWARD: tl.constexpr, ARGS: tl.constexpr,
     ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
-    ALIGN: tl.constexpr, COMPUTE: tl.constexpr,
+    VECTOR: tl.constexpr, ALIGN: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """All of the backward over the batch's statistics in one pass, for channels that fit a program's registers.
 
@@ -737,7 +736,7 @@ def backward_channel_kernel(
         True, WEIGHT_BACKWARD, ROWS,
     )  # fmt: skip
     if tallies_ptr is not None:
-        dy_sq, dead_count, nonfinite = _counts(dy, dead, inside, ROWS, GROUP)
+        dy_sq, dead_count, nonfinite = _counts(dy, dead, inside, VECTOR)
         _save_counts(tallies_ptr, dy_sq, dead_count, nonfinite)
     terms = _gradient_terms(dz_total / channel_size, dz_xhat / channel_size, scale, rstd, COMPUTE, ROWS, RUNS)
     _store(dx_ptr + offset, _input_gradient(dz, centred, terms), inside)
@@ -881,7 +880,7 @@ def backward_apply_kernel(
     READS_Z: tl.constexpr, SLOPE_STRIDE: tl.constexpr, BACKWARD: tl.constexpr, ON: tl.constexpr, ARGS: tl.constexpr,
     SPLITS: tl.constexpr, FINISH_CHANNELS: tl.constexpr, FINISH_SPLITS: tl.constexpr,
     ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
-    ALIGN: tl.constexpr, COMPUTE: tl.constexpr,
+    VECTOR: tl.constexpr, ALIGN: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """dx from the sums of the launch before, times the factor that takes its norm into the bounds; dresidual.
 
@@ -1046,7 +1045,7 @@ def _geometry(x: Tensor, shape: Shape, blocks: tuning.Blocks) -> _Geometry:
         },
         blocks={
             "ROWS": shape.rows, "RUNS": blocks.runs, "INNER": blocks.inner, "CHANNELS": blocks.channels,
-            "GROUP": blocks.group, "ALIGN": math.gcd(shape.inner_size, 16),
+            "GROUP": blocks.group, "VECTOR": blocks.vector, "ALIGN": math.gcd(shape.inner_size, 16),
             "COMPUTE": tl.float64 if x.dtype == torch.float64 else tl.float32,
         },
         options={"num_warps": blocks.num_warps, "enable_fp_fusion": False},  # contraction is written out as tl.fma

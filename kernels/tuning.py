@@ -81,9 +81,9 @@ TABLE: dict[tuple[str, str, str], Limits] = {
 
 @dataclass(frozen=True)
 class Blocks:
-    """The cut of one tensor; ``runs``, ``inner``, ``channels`` (of a program) and ``group`` are powers of two.
+    """The cut of one tensor; sizes of blocks are powers of two, ``channels`` are a program's.
 
-    ``group``: how many elements of a channel one thread holds side by side (planes) or in rows far apart (rows): their
+    ``vector``: elements of 16 bytes. ``group``: how many elements of a channel one thread holds side by side (planes) or in rows far apart (rows): their
     sum needs no other thread. ``resident``: one tile holds all elements of a program's channels.
     """
 
@@ -91,6 +91,7 @@ class Blocks:
     inner: int
     channels: int
     group: int
+    vector: int
     num_tiles: int
     tiles_per_split: int
     num_splits: int
@@ -146,7 +147,7 @@ def choose(rows: bool, element: str, num_outer: int, num_channels: int, inner_si
     num_warps = min(max(power_of_two(runs * inner // limits.warp), 4), 16)
     group = min(max(runs * inner // (num_warps * 32 * vector), 1), runs) if rows else vector
     return Blocks(
-        runs, inner, channels, group, num_tiles, tiles_per_split, num_splits, num_blocks * num_splits, num_warps,
+        runs, inner, channels, group, vector, num_tiles, tiles_per_split, num_splits, num_blocks * num_splits, num_warps,
         resident,
     )  # fmt: skip
 
