@@ -23,8 +23,8 @@ list of any mixture. Tiles begin at multiples of 16 bytes, the first of them bef
 
 **Accuracy.** Of float32 and narrower elements, squares and sums are pairs of float32, high and low (Dekker's product by
 fma, Knuth's sum): each lane is good to 2⁻⁴⁴ or so, and lanes are added up in float64 once a program. Float64 for every
-element would take a conversion and an fma at the rate of float64, 1/64 of float32's on consumer cards: by the rates that
-NVIDIA gives, an RTX 3090 would need 1.7 times the time that memory needs for float32, and 3.4 times for bfloat16. The
+element would take a conversion and an fma at the rate of float64, 1/64 of float32's on consumer cards: by the rates
+that NVIDIA gives, an RTX 3090 would need 1.7 times the time that memory needs for float32, and 3.4 times for bfloat16. The
 pairs take about a dozen float32 operations an element. Elements are divided by a power of two near the largest
 magnitude so far, which is exact; sums carry it along. So a finite tensor has a finite norm, and one that is not 0 has
 one that is not 0. Float64 elements are summed in float64. Other p than 1, 2 and inf take float64 logarithms.
@@ -60,13 +60,13 @@ _MAGNITUDES = tl.constexpr(1)
 _SQUARES = tl.constexpr(2)
 _POWERS = tl.constexpr(3)
 
-# Elements of a tile, half as many of float64: 8 a thread of 256. Its pair of sums, the elements and their addresses are
-# 16 a thread in 97 registers on sm_90 and 32 a thread in 163, which leaves a multiprocessor a quarter or an eighth of its
-# warps; 8 a thread leave it half, and those have as many bytes in flight.
+# Elements of a tile, half as many of float64: 8 a thread of 256. With 16 a thread the kernel takes 97 registers on sm_90,
+# with 32 it takes 163, which leave a multiprocessor a quarter or an eighth of its warps; with 8 it takes 40, and there are
+# six blocks of it, which have as many bytes in flight.
 _TILE = 2048
 _THREADS = 256
-# Programs that a long list is cut into, beside one for each tensor: several for each multiprocessor, and few enough that
-# the one program that merges them all for the total takes a few microseconds.
+# Programs that a long list is cut into, beside one for each tensor: several for each multiprocessor, and few enough
+# that one program can merge them all to the total.
 _PROGRAMS = 2048
 # norm_merge: tensors of a program, and chunks that it reads at once.
 _MERGE_TENSORS = 16
@@ -341,7 +341,7 @@ class _List(NamedTuple):
     dtypes: tuple[bool, ...]
 
 
-# The last few lists: one optimiser step scales the list whose norms it took, and often finds it where it was a step ago.
+# The last few lists: a step scales the list whose norms it took, and often finds it where it was a step ago.
 _LISTS: OrderedDict[tuple, _List] = OrderedDict()
 _MOST_LISTS = 8
 _captured: list[_List] = []
@@ -367,7 +367,7 @@ def _describe(tensors: Sequence[Tensor]) -> _List:
     first = torch.cat([torch.zeros(1, dtype=torch.int64), chunks.cumsum(0)])
     owner = torch.repeat_interleave(chunks)
     source = torch.cat([torch.tensor([*addresses, *sizes, *codes]), first, owner])
-    if device.type != "cpu":
+    if device.type == "cuda":
         source = source.pin_memory()
     present = tuple(code in codes for code in range(len(DTYPES)))
     table = source.to(device, non_blocking=True)
@@ -442,7 +442,7 @@ def scale_launches(tensors: Sequence[Tensor], factor: Tensor) -> list[batch_norm
 
 
 def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """x ← x·factor for tensors as those of :func:`norms`, the factor being a float64 scalar on their device: one launch.
+    """x ← x·factor for tensors as those of :func:`norms`, the factor a float64 scalar on their device: one launch.
 
     Where the factor is 1 nothing is written, and no tensor is read.
     """
