@@ -70,6 +70,9 @@ __all__ = ["INTERPRETED", "TENSORS", "Launch", "Shape", "backward_launches", "fo
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
+#: Threads of a warp: 64 on AMD's data-centre GPUs.
+LANES = 64 if torch.version.hip else 32
+
 # Rows of the workspace of sums, float64 (row, split, channel).
 _DZ = tl.constexpr(0)
 _DZ_XHAT = tl.constexpr(1)
@@ -506,7 +509,7 @@ _UNSPECIALISED = ["num_outer", "inner_size", "num_tiles", "tiles_per_split", "nu
 def forward_statistics_kernel(
     x_ptr, partials_ptr, num_outer, num_channels, inner_size, num_tiles, tiles_per_split, num_splits,
     ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
-    VECTOR: tl.constexpr, ALIGN: tl.constexpr, COMPUTE: tl.constexpr,
+    VECTOR: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of every channel: float64 (2, num_splits, num_channels) of Σ(x − first) and Σ(x − first)².
 
@@ -520,7 +523,7 @@ def forward_statistics_kernel(
     wide_origin = _spread(origin, tl.float64, ROWS, RUNS)
     total = _no_sums(tl.float64, ROWS, RUNS, INNER, GROUP)
     squares = _no_sums(tl.float64, ROWS, RUNS, INNER, GROUP)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, num_stages=STAGES):
         _, _, _, offset, inside = _tile(
             tile, first_channel, num_outer, num_channels, inner_size, ROWS, RUNS, INNER, CHANNELS, ALIGN
         )
@@ -541,7 +544,7 @@ def forward_apply_kernel(
     num_outer, num_channels, inner_size, num_tiles, tiles_per_split, num_splits, channel_size,
     SLOPE_STRIDE: tl.constexpr, FORWARD: tl.constexpr, ON: tl.constexpr, ARGS: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
-    VECTOR: tl.constexpr, ALIGN: tl.constexpr, COMPUTE: tl.constexpr,
+    VECTOR: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """y = φ(γ·x̂ + β + residual), from partial sums, from running statistics, or without normalisation.
 
@@ -571,7 +574,7 @@ def forward_apply_kernel(
                 _save_statistics(statistics_ptr, channel, present, num_channels, mean, rstd, unbiased)
         scale = scale * rstd
     affine = _affine(mean, scale, bias, slope, COMPUTE, ROWS, RUNS)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, num_stages=STAGES):
         run, start, exists, offset, inside = _tile(
             tile, first_channel, num_outer, num_channels, inner_size, ROWS, RUNS, INNER, CHANNELS, ALIGN
         )
@@ -644,7 +647,7 @@ def backward_reduce_kernel(
     NEEDS_XHAT: tl.constexpr, READS_Z: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
     BACKWARD: tl.constexpr, ON: tl.constexpr, WEIGHT_BACKWARD: tl.constexpr, ARGS: tl.constexpr,
     ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
-    VECTOR: tl.constexpr, ALIGN: tl.constexpr, COMPUTE: tl.constexpr,
+    VECTOR: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Partial sums of the gradients and, where it is wanted here, dx = γ·r·dz: statistics that do not depend on x.
 
@@ -667,7 +670,7 @@ def backward_reduce_kernel(
     dy_sq = _no_sums(tl.float64, False, RUNS, INNER, VECTOR)
     dead_count = _no_sums(tl.int32, False, RUNS, INNER, VECTOR)
     nonfinite = _no_sums(tl.int32, False, RUNS, INNER, VECTOR)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, num_stages=STAGES):
         run, start, exists, offset, inside = _tile(
             tile, first_channel, num_outer, num_channels, inner_size, ROWS, RUNS, INNER, CHANNELS, ALIGN
         )
@@ -880,7 +883,7 @@ def backward_apply_kernel(
     READS_Z: tl.constexpr, SLOPE_STRIDE: tl.constexpr, BACKWARD: tl.constexpr, ON: tl.constexpr, ARGS: tl.constexpr,
     SPLITS: tl.constexpr, FINISH_CHANNELS: tl.constexpr, FINISH_SPLITS: tl.constexpr,
     ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
-    VECTOR: tl.constexpr, ALIGN: tl.constexpr, COMPUTE: tl.constexpr,
+    VECTOR: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """dx from the sums of the launch before, times the factor that takes its norm into the bounds; dresidual.
 
@@ -916,7 +919,7 @@ def backward_apply_kernel(
         terms = _gradient_terms(dz_total / channel_size, dz_xhat / channel_size, scale, rstd, COMPUTE, ROWS, RUNS)
     else:
         gain = _spread(scale, COMPUTE, ROWS, RUNS)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, num_stages=STAGES):
         run, start, exists, offset, inside = _tile(
             tile, first_channel, num_outer, num_channels, inner_size, ROWS, RUNS, INNER, CHANNELS, ALIGN
         )
@@ -1023,7 +1026,7 @@ _ELEMENTS = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16:
 
 def _cut(x: Tensor, shape: Shape, live: int) -> tuning.Blocks:
     element = "interpreted" if INTERPRETED else _ELEMENTS[x.dtype]
-    return tuning.choose(shape.rows, element, shape.num_outer, shape.num_channels, shape.inner_size, live)
+    return tuning.choose(shape.rows, element, shape.num_outer, shape.num_channels, shape.inner_size, live, LANES)
 
 
 class _Geometry(NamedTuple):
@@ -1045,7 +1048,8 @@ def _geometry(x: Tensor, shape: Shape, blocks: tuning.Blocks) -> _Geometry:
         },
         blocks={
             "ROWS": shape.rows, "RUNS": blocks.runs, "INNER": blocks.inner, "CHANNELS": blocks.channels,
-            "GROUP": blocks.group, "VECTOR": blocks.vector, "ALIGN": math.gcd(shape.inner_size, 16),
+            "GROUP": blocks.group, "VECTOR": blocks.vector,
+            "ALIGN": math.gcd(shape.inner_size, 16),
             "COMPUTE": tl.float64 if x.dtype == torch.float64 else tl.float32,
         },
         options={"num_warps": blocks.num_warps, "enable_fp_fusion": False},  # contraction is written out as tl.fma
@@ -1101,11 +1105,13 @@ def forward_launches(
     launches = []
     if over_batch:
         partials = x.new_empty((2, blocks.num_splits, shape.num_channels), dtype=torch.float64)
-        statistics_args = {"x_ptr": x, "partials_ptr": partials, **sizes, **cut, **block_sizes}
+        statistics_args = {
+            "x_ptr": x, "partials_ptr": partials, **sizes, **cut, **block_sizes, "STAGES": blocks.stages,
+        }  # fmt: skip
         launches.append(Launch(forward_statistics_kernel, grid, statistics_args, options))
     apply |= {
         "running_mean_ptr": running_mean, "running_var_ptr": running_var, "partials_ptr": partials, **cut,
-        "SPLITS": _splits_at_once(blocks.num_splits),
+        "SPLITS": _splits_at_once(blocks.num_splits), "STAGES": blocks.apply_stages,
     }  # fmt: skip
     return [*launches, Launch(forward_apply_kernel, grid, apply, options)]
 
@@ -1175,7 +1181,8 @@ def backward_launches(
             Launch(backward_channel_kernel, grid, {**first, "channel_size": shape.channel_size}, options),
         ]
     else:
-        launches = [Launch(backward_reduce_kernel, grid, {**first, **cut, "NEEDS_XHAT": needs_xhat}, options)]
+        reduce = {**first, **cut, "NEEDS_XHAT": needs_xhat, "STAGES": blocks.stages}
+        launches = [Launch(backward_reduce_kernel, grid, reduce, options)]
 
     splits = _splits_at_once(blocks.num_splits)
     finish_channels = min(tuning.power_of_two(shape.num_channels), _FINISH // splits)
@@ -1194,7 +1201,7 @@ def backward_launches(
         apply = {
             **derivative, **finish, **cut, "x_ptr": x if reads_z or over_batch else None,
             "dx_ptr": dx, "dresidual_ptr": dresidual if two_passes else None,
-            "IF_OUT_OF_BOUNDS": out_of_bounds, "SPLITS": splits,
+            "IF_OUT_OF_BOUNDS": out_of_bounds, "SPLITS": splits, "STAGES": blocks.apply_stages,
         }  # fmt: skip
         launches.append(Launch(backward_apply_kernel, (1 + blocks.programs,), apply, options, out_of_bounds))
     elif parameters or recorded:

@@ -23,7 +23,8 @@ class Limits:
 
     ``inner``, ``elements``: of a tile that is walked, at most; ``resident``: elements that a program may keep in
     registers; ``programs``: how many are wanted; ``splits``: into how many parts a channel is cut at most; ``warp``:
-    elements of a tile per warp.
+    elements of a tile per 32 threads; ``stages``: of the loops that only read, tiles in flight and in work together;
+    ``apply_stages``: the same of the loops that write.
     """
 
     inner: int
@@ -32,6 +33,8 @@ class Limits:
     programs: int
     splits: int
     warp: int
+    stages: int
+    apply_stages: int
     reason: str = ""
 
 
@@ -43,35 +46,44 @@ _FEW = "stays in L2, where what counts is latency: half the programs, and sums t
 
 # By layout, element and size class; the same on CUDA and ROCm, and whatever the device, so that the bits of a result do
 # not depend on it. Beyond each row's reason:
-# * 256 elements a warp are 8 a thread of 32, one or two 16-byte loads a tensor.
+# * 128 float32 or 256 halves a warp are one 16-byte load a thread of 32 and tensor. Twice that gave backward_reduce, for
+#   sm_90, 138 and 160 registers in place of 90 and 121.
 # * 8192 resident elements are 16 a thread of 16 warps: forward_channel keeps one tensor of that size in registers,
 #   backward_channel two of half of it. float64 takes two registers an element: half of everything.
 # * 1024 programs are some eight for each multiprocessor of the largest devices, which evens out the tail.
 # * 128 splits: each program of the pass that follows reads the partial sums of all of them.
+# * The float64 sums of backward_reduce fill registers. For sm_90 it takes 90 to 102 in planes and 121 in rows: two
+#   programs of eight warps a multiprocessor, occupancy 25 %. In rows of halves, where a thread has eight channels, it is
+#   200: one program, 12 %. So bytes in flight come from stages, by asynchronous copies to shared memory that cost no
+#   register: 24 and (rows of halves) 32 KB of two tensors a program.
+# * In planes, loops that write have an occupancy of 50 % and more without stages (with three, ptxas spilled
+#   backward_apply of float32); in rows it is 25 to 50 %, and stages help.
 TABLE: dict[tuple[str, str, str], Limits] = {
     ("planes", "float32", "large"): Limits(
-        2048, 2048, 8192, 1024, 128, 256, "a stretch of one plane: two 16-byte loads a thread and tensor in flight"
+        1024, 1024, 8192, 1024, 128, 128, 4, 1, "a stretch of one plane, one 16-byte load a thread and tensor"
     ),
-    ("planes", "float32", "small"): Limits(2048, 2048, 8192, 512, 32, 256, _FEW),
+    ("planes", "float32", "small"): Limits(1024, 1024, 8192, 512, 32, 128, 4, 1, _FEW),
     ("planes", "half", "large"): Limits(
-        2048, 2048, 8192, 1024, 128, 256, "one 16-byte load a thread and tensor: with two, float64 sums fill registers"
+        2048, 2048, 8192, 1024, 128, 256, 4, 1, "the same: one 16-byte load, twice the elements"
     ),
-    ("planes", "half", "small"): Limits(2048, 2048, 8192, 512, 32, 256, _FEW),
-    ("planes", "float64", "large"): Limits(1024, 1024, 4096, 1024, 128, 128, "two registers an element: half of float32"),
-    ("planes", "float64", "small"): Limits(1024, 1024, 4096, 512, 32, 128, _FEW),
+    ("planes", "half", "small"): Limits(2048, 2048, 8192, 512, 32, 256, 4, 1, _FEW),
+    ("planes", "float64", "large"): Limits(
+        1024, 1024, 4096, 1024, 128, 128, 3, 1, "two registers an element: half of float32"
+    ),
+    ("planes", "float64", "small"): Limits(1024, 1024, 4096, 512, 32, 128, 3, 1, _FEW),
     ("rows", "float32", "large"): Limits(
-        32, 2048, 8192, 1024, 128, 256, "128 neighbouring bytes; wider leaves 64 channels with too few programs"
+        32, 1024, 8192, 1024, 128, 128, 4, 3, "128 neighbouring bytes; wider leaves 64 channels with too few programs"
     ),
-    ("rows", "float32", "small"): Limits(32, 2048, 8192, 512, 32, 256, _FEW),
+    ("rows", "float32", "small"): Limits(32, 1024, 8192, 512, 32, 128, 4, 3, _FEW),
     ("rows", "half", "large"): Limits(
-        32, 2048, 8192, 1024, 128, 256, "64 neighbouring bytes, two whole sectors; wider leaves too few programs"
+        32, 2048, 8192, 1024, 128, 256, 5, 3, "64 neighbouring bytes, two whole sectors; wider leaves too few programs"
     ),
-    ("rows", "half", "small"): Limits(32, 2048, 8192, 512, 32, 256, _FEW),
-    ("rows", "float64", "large"): Limits(16, 1024, 4096, 1024, 128, 128, "128 neighbouring bytes, half of float32"),
-    ("rows", "float64", "small"): Limits(16, 1024, 4096, 512, 32, 128, _FEW),
+    ("rows", "half", "small"): Limits(32, 2048, 8192, 512, 32, 256, 5, 3, _FEW),
+    ("rows", "float64", "large"): Limits(16, 1024, 4096, 1024, 128, 128, 3, 3, "128 neighbouring bytes, as float32"),
+    ("rows", "float64", "small"): Limits(16, 1024, 4096, 512, 32, 128, 3, 3, _FEW),
     **{
         (layout, "interpreted", size): Limits(
-            inner, 65536, 131072, 2, 8, 65536, "a tile costs milliseconds and an element nanoseconds: few and large"
+            inner, 65536, 131072, 2, 8, 65536, 1, 1, "a tile costs milliseconds, an element nanoseconds: few and large"
         )
         for layout, inner in (("planes", 65536), ("rows", 256))
         for size in ("small", "large")
@@ -97,6 +109,8 @@ class Blocks:
     num_splits: int
     programs: int
     num_warps: int
+    stages: int
+    apply_stages: int
     resident: bool
 
 
@@ -114,11 +128,13 @@ def key(rows: bool, element: str, num_elements: int) -> tuple[str, str, str]:
     return "rows" if rows else "planes", element, "large" if num_elements >= LARGE else "small"
 
 
-def choose(rows: bool, element: str, num_outer: int, num_channels: int, inner_size: int, live: int) -> Blocks:
+def choose(
+    rows: bool, element: str, num_outer: int, num_channels: int, inner_size: int, live: int, lanes: int = 32
+) -> Blocks:
     """Cut a tensor of ``num_outer`` × ``num_channels`` × ``inner_size`` (rows: ``inner_size`` = ``num_channels``).
 
     ``element``: "half", "float32", "float64", or "interpreted". ``live``: how many tensors the pass would have to keep
-    in registers to read each of them once; 0 for a pass that gains nothing by that.
+    in registers to read each of them once; 0 for a pass that gains nothing by that. ``lanes``: threads of a warp.
     """
     num_elements = num_outer * inner_size * (1 if rows else num_channels)
     limits = TABLE[key(rows, element, num_elements)]
@@ -144,22 +160,22 @@ def choose(rows: bool, element: str, num_outer: int, num_channels: int, inner_si
     wanted = max(min(num_tiles, limits.programs // num_blocks, limits.splits), 1)
     tiles_per_split = _cdiv(num_tiles, wanted)
     num_splits = _cdiv(num_tiles, tiles_per_split)
-    num_warps = min(max(power_of_two(runs * inner // limits.warp), 4), 16)
-    group = min(max(runs * inner // (num_warps * 32 * vector), 1), runs) if rows else vector
+    num_warps = min(max(power_of_two(runs * inner // limits.warp), 4), 16) * 32 // lanes
+    group = min(max(runs * inner // (num_warps * lanes * vector), 1), runs) if rows else vector
     return Blocks(
-        runs, inner, channels, group, vector, num_tiles, tiles_per_split, num_splits, num_blocks * num_splits, num_warps,
-        resident,
+        runs, inner, channels, group, vector, num_tiles, tiles_per_split, num_splits, num_blocks * num_splits,
+        num_warps, limits.stages, limits.apply_stages, resident,
     )  # fmt: skip
 
 
 def candidates(row: tuple[str, str, str]) -> Iterator[Limits]:
     """What ``vgkern tune`` tries for a row of the table, the row itself first."""
     limits = TABLE[row]
-    inners = (limits.inner,) if row[0] == "planes" else (limits.inner, 2 * limits.inner)
-    factors = itertools.product(inners, (1, 2), (1, 2), (1, 2))
-    for inner, larger, fewer, wider in factors:
-        yield replace(
-            limits, inner=inner * (larger if row[0] == "planes" else 1), elements=limits.elements * larger,
-            programs=limits.programs // fewer, splits=max(limits.splits // fewer, 1), warp=limits.warp * wider,
-            reason=limits.reason if (inner, larger, fewer, wider) == (limits.inner, 1, 1, 1) else "measured",
-        )  # fmt: skip
+    yield limits
+    for larger, warp, programs, stages in itertools.product((1, 2), (1, 2), (1, 2), (0, 1)):
+        if (larger, warp, programs, stages) != (1, 1, 1, 0):
+            yield replace(
+                limits, inner=limits.inner * larger, elements=limits.elements * larger, warp=limits.warp * warp,
+                programs=limits.programs // programs, splits=limits.splits // programs,
+                stages=limits.stages + stages, apply_stages=limits.apply_stages + stages, reason="",
+            )  # fmt: skip

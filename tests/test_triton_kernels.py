@@ -45,7 +45,7 @@ def small_blocks(monkeypatch):
 
     def use(elements: int = 64, inner: int = 16, programs: int = 64, splits: int = 4, resident: int = 0) -> None:
         for row in list(tuning.TABLE):
-            limits = tuning.Limits(inner if row[0] == "planes" else 8, elements, resident, programs, splits, 512)
+            limits = tuning.Limits(inner if row[0] == "planes" else 8, elements, resident, programs, splits, 512, 1, 1)
             monkeypatch.setitem(tuning.TABLE, row, limits)
 
     use()
