@@ -72,7 +72,7 @@ _TENSORS = {"x", "residual", "dy", "y", "dx", "dresidual", "mask"}
 
 
 def kind_of(frames: Iterable[tuple[str, int]]) -> str:
-    """"tensor", "mask" or "other", from the source lines of an access, the innermost first."""
+    """ "tensor", "mask" or "other", from the source lines of an access, the innermost first."""
     frames = [(path, line) for path, line in frames if Path(path).exists() and line > 0]
     names = [_source(path)[1].get(line, "") for path, line in frames]
     if COLD & set(names):
@@ -176,9 +176,7 @@ def amdgcn(text: str, folder: Path) -> Code:
 # -- both --------------------------------------------------------------------------------------------------------------
 
 
-def _code(
-    accesses: list[Access], registers: list[frozenset[str]], loops: list[tuple[int, int]], spills: int
-) -> Code:
+def _code(accesses: list[Access], registers: list[frozenset[str]], loops: list[tuple[int, int]], spills: int) -> Code:
     loads = {a.line: a for a in accesses if not a.store and a.kind == "tensor"}
     loading = [(start, end) for start, end in loops if any(start <= line <= end for line in loads)]
     most = max((_in_flight(loads, registers, *loop) for loop in loading or [(0, len(registers) - 1)]), default=0)
