@@ -50,8 +50,11 @@ _FEW = "stays in L2, where what counts is latency: half the programs, and sums t
 #   sm_90, 138 and 160 registers in place of 90 and 121.
 # * 8192 resident elements are 16 a thread of 16 warps: forward_channel keeps one tensor of that size in registers,
 #   backward_channel two of half of it. float64 takes two registers an element: half of everything.
-# * 1024 programs are some eight for each multiprocessor of the largest devices, which evens out the tail.
-# * 128 splits: each program of the pass that follows reads the partial sums of all of them.
+# * Every program of the pass that follows reads the partial sums of all splits of its channels, C·splits²·16 bytes in all,
+#   from L2. In planes 1024 programs, some eight for each multiprocessor of the largest devices, are 16 splits of 64
+#   channels: nothing. In rows, whose programs own 32 channels, as many would be 128 splits and up to 43 % of what x,
+#   residual and y are (256 channels of 56 × 56 halves, batch 32): 256 programs and 64 splits make it 3 %, and 11 % at
+#   worst (64 channels).
 # * The float64 sums of backward_reduce fill registers. For sm_90 it takes 90 to 102 in planes and 121 in rows: two
 #   programs of eight warps a multiprocessor, occupancy 25 %. In rows of halves, where a thread has eight channels, it is
 #   200: one program, 12 %. So bytes in flight come from stages, by asynchronous copies to shared memory that cost no
@@ -72,15 +75,15 @@ TABLE: dict[tuple[str, str, str], Limits] = {
     ),
     ("planes", "float64", "small"): Limits(1024, 1024, 4096, 512, 32, 128, 3, 1, _FEW),
     ("rows", "float32", "large"): Limits(
-        32, 1024, 8192, 1024, 128, 128, 4, 3, "128 neighbouring bytes; wider leaves 64 channels with too few programs"
+        32, 1024, 8192, 256, 64, 128, 4, 3, "128 neighbouring bytes; wider leaves 64 channels with too few programs"
     ),
-    ("rows", "float32", "small"): Limits(32, 1024, 8192, 512, 32, 128, 4, 3, _FEW),
+    ("rows", "float32", "small"): Limits(32, 1024, 8192, 128, 32, 128, 4, 3, _FEW),
     ("rows", "half", "large"): Limits(
-        32, 2048, 8192, 1024, 128, 256, 5, 3, "64 neighbouring bytes, two whole sectors; wider leaves too few programs"
+        32, 2048, 8192, 256, 64, 256, 5, 3, "64 neighbouring bytes, two whole sectors; wider leaves too few programs"
     ),
-    ("rows", "half", "small"): Limits(32, 2048, 8192, 512, 32, 256, 5, 3, _FEW),
-    ("rows", "float64", "large"): Limits(16, 1024, 4096, 1024, 128, 128, 3, 3, "128 neighbouring bytes, as float32"),
-    ("rows", "float64", "small"): Limits(16, 1024, 4096, 512, 32, 128, 3, 3, _FEW),
+    ("rows", "half", "small"): Limits(32, 2048, 8192, 128, 32, 256, 5, 3, _FEW),
+    ("rows", "float64", "large"): Limits(16, 1024, 4096, 256, 64, 128, 3, 3, "128 neighbouring bytes, as float32"),
+    ("rows", "float64", "small"): Limits(16, 1024, 4096, 128, 32, 128, 3, 3, _FEW),
     **{
         (layout, "interpreted", size): Limits(
             inner, 65536, 131072, 2, 8, 65536, 1, 1, "a tile costs milliseconds, an element nanoseconds: few and large"
