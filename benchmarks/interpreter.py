@@ -137,4 +137,3 @@ def _around_launches(begin: Callable[[str, dict[str, Any]], None]) -> Iterator[N
         yield
     finally:
         kind.__call__ = call
-

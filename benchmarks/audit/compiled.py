@@ -78,6 +78,7 @@ def _row(launch: Any, kernel: Any, target: Target, dtype: str, layout: str) -> d
         "mask_bytes": sorted({*code.widths(False, "mask"), *code.widths(True, "mask")}),
         "aligned_bytes": min(16, args.get("ALIGN", 16) * item),
         "loads_in_flight": code.in_flight, "loops": code.loops,
+        "bytes_in_flight": round(occupancy * target.warps * target.warp * code.in_flight * max(code.widths(False), default=0)),
     }  # fmt: skip
 
 

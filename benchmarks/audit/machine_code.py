@@ -10,7 +10,7 @@ import ast
 import functools
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 #: Functions that read or write per-channel values and workspaces: a few kilobytes a program, not the tensors.
@@ -38,7 +38,7 @@ class Code:
     """One kernel's machine code.
 
     ``in_flight``: loads of tensors that are issued before the first of their results is used, the most in any loop; for
-    code without a loop that loads, in all of it.
+    code without a loop that loads, in all of it. Copies to shared memory (cp.async) are used by the wait for them.
     """
 
     accesses: tuple[Access, ...]
@@ -68,6 +68,7 @@ def _source(path: str) -> tuple[list[str], dict[int, str], dict[int, str]]:
 
 
 _NAME = re.compile(r"\b([a-z_]+)_ptr\b")
+_BASE = re.compile(r"\bbase\b")  # of a tensor whose address comes from a table
 _TENSORS = {"x", "residual", "dy", "y", "dx", "dresidual", "mask"}
 
 
@@ -82,8 +83,10 @@ def kind_of(frames: Iterable[tuple[str, int]]) -> str:
     for path, line in frames:
         statement = _source(path)[2].get(line, "")
         found = set(_NAME.findall(statement))
-        if found or "base + place" in statement:
-            return "tensor" if found & _TENSORS or not found else "other"
+        if found:
+            return "tensor" if found & _TENSORS else "other"
+        if _BASE.search(statement):
+            return "tensor"
     return "other"
 
 
@@ -111,6 +114,8 @@ def sass(text: str) -> Code:
             instructions.append((found[1], found[2], frames))
     accesses, loops, spills = [], [], 0
     registers: list[frozenset[str]] = []
+    groups: list[int] = []  # where a group of copies ends
+    waits: dict[int, int] = {}  # where copies are waited for: how many groups may still be under way
     for i, (opcode, operands, where) in enumerate(instructions):
         base, *modifiers = opcode.split(".")
         registers.append(frozenset(re.findall(r"\bR\d+\b", operands)))
@@ -122,13 +127,30 @@ def sass(text: str) -> Code:
                 first = int(target[1]) if target else 0
                 filled = frozenset(f"R{n}" for n in range(first, first + max(width // 4, 1)))
             accesses.append(Access(base == "STG", width, kind_of(where), i, filled))
+        elif base == "LDGSTS":
+            width = next((_SASS_WIDTH[m] for m in modifiers if m in _SASS_WIDTH), 4)
+            accesses.append(Access(False, width, kind_of(where), i, frozenset({"copy"})))
+        elif base == "LDGDEPBAR":
+            groups.append(i)
+        elif base == "DEPBAR" and (pending := re.search(r"SB0, (0x[0-9a-f]+)", operands)):
+            waits[i] = int(pending[1], 16)
         elif base in ("LDL", "STL"):
             spills += 1
         elif base == "BRA" and (label := re.search(r"\(?(\.L_\w+)", operands)):
             start = labels.get(label[1], i)
             if start < i:
                 loops.append((start, i))
-    return _code(accesses, registers, loops, spills)
+    code = _code(accesses, registers, loops, spills)
+    copied = max((_copies_in_flight(code, groups, waits, *loop) for loop in loops), default=0)
+    return replace(code, in_flight=max(code.in_flight, copied))
+
+
+def _copies_in_flight(code: Code, groups: list[int], waits: dict[int, int], start: int, end: int) -> int:
+    """Copies to shared memory under way at once: those of the groups that a wait lets be, and of one turn of the loop."""
+    inside = [a for a in code.accesses if "copy" in a.registers and a.kind == "tensor" and start <= a.line <= end]
+    turn = sum(start <= place <= end for place in groups)
+    pending = max((n for place, n in waits.items() if start <= place <= end), default=0)
+    return round(len(inside) * (pending + turn) / turn) if turn else len(inside)
 
 
 # -- AMD ---------------------------------------------------------------------------------------------------------------
@@ -177,7 +199,7 @@ def amdgcn(text: str, folder: Path) -> Code:
 
 
 def _code(accesses: list[Access], registers: list[frozenset[str]], loops: list[tuple[int, int]], spills: int) -> Code:
-    loads = {a.line: a for a in accesses if not a.store and a.kind == "tensor"}
+    loads = {a.line: a for a in accesses if not a.store and a.kind == "tensor" and "copy" not in a.registers}
     loading = [(start, end) for start, end in loops if any(start <= line <= end for line in loads)]
     most = max((_in_flight(loads, registers, *loop) for loop in loading or [(0, len(registers) - 1)]), default=0)
     return Code(tuple(accesses), spills, most, len(loading))

@@ -23,6 +23,8 @@ class Target:
     blocks: int
     shared: int
     reserved: int  # shared memory that the system keeps of each block
+    multiprocessors: int  # of the product with the fastest memory,
+    bandwidth: float  # whose bytes a second these are
 
     def occupancy(self, registers: int, shared: int, warps: int) -> tuple[float, str]:
         """(resident warps / possible warps, what limits them) of a kernel."""
@@ -38,14 +40,22 @@ class Target:
         limit = min(by, key=lambda name: by[name])
         return by[limit] * warps / self.warps, limit
 
+    @property
+    def needed_in_flight(self) -> float:
+        """Bytes that a multiprocessor must have asked for at any time to keep its share of the memory busy."""
+        return self.bandwidth / self.multiprocessors * MEMORY_LATENCY
+
+
+#: Seconds from a load to its data while memory is busy. Assumed, of the order that microbenchmarks of A100 and H100 give.
+MEMORY_LATENCY = 700e-9
 
 TARGETS = {
     target.name: target
     for target in (
-        Target("sm_80", "cuda", 80, 32, 65536 // 32, 8, 64, 32, 164 * 1024, 1024),
-        Target("sm_90", "cuda", 90, 32, 65536 // 32, 8, 64, 32, 228 * 1024, 1024),
-        Target("sm_100", "cuda", 100, 32, 65536 // 32, 8, 64, 32, 228 * 1024, 1024),
-        Target("gfx942", "hip", "gfx942", 64, 512, 8, 32, 32, 64 * 1024, 0),
+        Target("sm_80", "cuda", 80, 32, 65536 // 32, 8, 64, 32, 164 * 1024, 1024, 108, 2.039e12),
+        Target("sm_90", "cuda", 90, 32, 65536 // 32, 8, 64, 32, 228 * 1024, 1024, 132, 4.8e12),
+        Target("sm_100", "cuda", 100, 32, 65536 // 32, 8, 64, 32, 228 * 1024, 1024, 148, 8e12),
+        Target("gfx942", "hip", "gfx942", 64, 512, 8, 32, 32, 64 * 1024, 0, 304, 5.3e12),
     )
 }
 
