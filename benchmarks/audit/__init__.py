@@ -1,7 +1,8 @@
 """``python -m benchmarks audit``: what can be said of the GPU kernels without a GPU.
 
-Three questions, each answered in processes of their own: what machine code the kernels become (``compiled``), which bytes
-they move (``traffic``, in Triton's interpreter), and what torch.compile would make of the same functions (``inductor``).
+Three questions, each answered in processes of their own: what machine code the kernels become (``compiled``), which
+bytes they move (``traffic``, in Triton's interpreter), and what torch.compile would make of the same functions
+(``inductor``).
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
         else "Inductor's passes are those of the code that it generates for an H100, lowered without one. "
     )
     notes = (
-        f"{len(code)} specialisations, {', '.join(args.target)}; torch {torch.__version__}, triton {triton.__version__}. "
+        f"{len(code)} specialisations, {', '.join(args.target)}; "
+        f"torch {torch.__version__}, triton {triton.__version__}. "
         f"{inductor}Eager's passes are by the operations' definitions."
     )
     console.print(notes, highlight=False)
@@ -101,10 +103,10 @@ def add_parser(commands: Any) -> None:
         "audit",
         help="machine code, memory traffic and predicted times of the GPU kernels, without a GPU",
         description=(
-            "Compile every specialisation of the GPU kernels that a ResNet-50 and a CIFAR ResNet reach for four GPUs, read "
-            "the machine code, count the bytes they move in Triton's interpreter, and predict times. Exits 1 if a kernel "
-            "spills, reads or writes narrower than alignment allows, leaves a multiprocessor half empty without a reason, "
-            "moves other bytes than it states, or a pass takes more than two launches."
+            "Compile every specialisation of the GPU kernels that a ResNet-50 and a CIFAR ResNet reach for four GPUs, "
+            "read the machine code, count the bytes they move in Triton's interpreter, and predict times. Exits 1 if a "
+            "kernel spills, reads or writes narrower than alignment allows, leaves a multiprocessor half empty without "
+            "a reason, moves other bytes than it states, or a pass takes more than two launches."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -62,6 +62,10 @@ def _resources(kernel: Any, target: Target) -> dict[str, Any]:
     return {"registers": registers, "stack": stack, "spills": code.spills, "code": code}
 
 
+def _output(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def _row(launch: Any, kernel: Any, target: Target, dtype: str, layout: str) -> dict[str, Any]:
     resources = _resources(kernel, target)
     code = resources.pop("code")
@@ -77,8 +81,8 @@ def _row(launch: Any, kernel: Any, target: Target, dtype: str, layout: str) -> d
         "load_bytes": code.widths(False), "store_bytes": code.widths(True),
         "mask_bytes": sorted({*code.widths(False, "mask"), *code.widths(True, "mask")}),
         "aligned_bytes": min(16, args.get("ALIGN", 16) * item),
-        "loads_in_flight": code.in_flight, "loops": code.loops,
-        "bytes_in_flight": round(occupancy * target.warps * target.warp * code.in_flight * max(code.widths(False), default=0)),
+        "loads_in_flight": code.in_flight,
+        "bytes_in_flight": round(occupancy * target.warps * target.warp * code.bytes_in_flight),
     }  # fmt: skip
 
 

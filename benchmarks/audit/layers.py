@@ -29,7 +29,7 @@ class Layer:
 
 
 def resnet50(batch: int) -> list[Layer]:
-    """The 53 batch norms of a ResNet-50 on 224 × 224 (He et al., arXiv 1512.03385), the stride in the 3 × 3 convolution."""
+    """The 53 batch norms of a ResNet-50 on 224 × 224 (He et al., arXiv 1512.03385), strides in 3 × 3 convolutions."""
     counts: dict[tuple[int, int, str, bool], int] = {(64, 112, "relu", False): 1}
 
     def add(channels: int, size: int, activation: str, residual: bool) -> None:
@@ -130,8 +130,9 @@ def tensors_of(case: Case, device: str = "meta", shape: tuple[int, ...] | None =
 
 def launches_of(case: Case, tensors: dict[str, Any]) -> list[Any]:
     """The launches of a pass, forward before backward being run if the tensors are real."""
-    from vgkern.backends import triton as backend
     from vgkern.kernels import batch_norm
+
+    from vgkern.backends import triton as backend
 
     layer, t = case.layer, tensors
     training = case.direction != "eval"

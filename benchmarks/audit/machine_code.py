@@ -1,4 +1,4 @@
-"""What machine code says of a kernel: every access to global memory, where it comes from, and how many are in flight.
+"""What machine code says of a kernel: every access to global memory, where it comes from, how many are in flight.
 
 NVIDIA: SASS as ``nvdisasm -c -gi`` prints it. AMD: the assembly that Triton keeps. Both carry the source lines, those of
 inlined functions included, so an access is known by the pointer that the line names.
@@ -39,12 +39,13 @@ class Code:
 
     ``in_flight``: loads of tensors that are issued before the first of their results is used, the most in any loop; for
     code without a loop that loads, in all of it. Copies to shared memory (cp.async) are used by the wait for them.
+    ``bytes_in_flight``: of a thread.
     """
 
     accesses: tuple[Access, ...]
     spills: int  # instructions that move registers to or from local memory
     in_flight: int
-    loops: int
+    bytes_in_flight: int
 
     def widths(self, store: bool, kind: str = "tensor") -> list[int]:
         return sorted({a.width for a in self.accesses if a.store == store and a.kind == kind})
@@ -93,14 +94,14 @@ def kind_of(frames: Iterable[tuple[str, int]]) -> str:
 # -- NVIDIA ------------------------------------------------------------------------------------------------------------
 
 _SASS_LINE = re.compile(r'//## File "([^"]+)", line (\d+)')
-_SASS = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
+_SASS = re.compile(r"/\*[0-9a-f]+\*/\s+(@!?U?P\d+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _SASS_WIDTH = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
 def sass(text: str) -> Code:
     frames: list[tuple[str, int]] = []
     fresh = True
-    instructions: list[tuple[str, str, list[tuple[str, int]]]] = []
+    instructions: list[tuple[str, str, bool, list[tuple[str, int]]]] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
         if line.startswith((".L_", ".text")) and line.rstrip().endswith(":"):
@@ -111,12 +112,13 @@ def sass(text: str) -> Code:
             frames = [*frames, (found[1], int(found[2]))]
         elif found := _SASS.search(line):
             fresh = True
-            instructions.append((found[1], found[2], frames))
+            instructions.append((found[2], found[3], bool(found[1]), frames))
     accesses, loops, spills = [], [], 0
     registers: list[frozenset[str]] = []
+    jumps: set[int] = set()  # behind which the code goes on elsewhere
     groups: list[int] = []  # where a group of copies ends
     waits: dict[int, int] = {}  # where copies are waited for: how many groups may still be under way
-    for i, (opcode, operands, where) in enumerate(instructions):
+    for i, (opcode, operands, guarded, where) in enumerate(instructions):
         base, *modifiers = opcode.split(".")
         registers.append(frozenset(re.findall(r"\bR\d+\b", operands)))
         if base in ("LDG", "STG"):
@@ -140,17 +142,22 @@ def sass(text: str) -> Code:
             start = labels.get(label[1], i)
             if start < i:
                 loops.append((start, i))
-    code = _code(accesses, registers, loops, spills)
-    copied = max((_copies_in_flight(code, groups, waits, *loop) for loop in loops), default=0)
-    return replace(code, in_flight=max(code.in_flight, copied))
+            elif not guarded:
+                jumps.add(i)
+    code = _code(accesses, registers, loops, jumps, spills)
+    copied = max((_copies_in_flight(code, groups, waits, *loop) for loop in loops), default=(0, 0))
+    if copied[1] > code.bytes_in_flight:
+        code = replace(code, bytes_in_flight=copied[1], in_flight=copied[0])
+    return code
 
 
-def _copies_in_flight(code: Code, groups: list[int], waits: dict[int, int], start: int, end: int) -> int:
-    """Copies to shared memory under way at once: those of the groups that a wait lets be, and of one turn of the loop."""
+def _copies_in_flight(code: Code, groups: list[int], waits: dict[int, int], start: int, end: int) -> tuple[int, int]:
+    """(how many, bytes) of copies to shared memory at once: the groups that a wait lets be, and one turn of the loop."""
     inside = [a for a in code.accesses if "copy" in a.registers and a.kind == "tensor" and start <= a.line <= end]
     turn = sum(start <= place <= end for place in groups)
     pending = max((n for place, n in waits.items() if start <= place <= end), default=0)
-    return round(len(inside) * (pending + turn) / turn) if turn else len(inside)
+    turns = (pending + turn) / turn if turn else 1
+    return round(len(inside) * turns), round(sum(a.width for a in inside) * turns)
 
 
 # -- AMD ---------------------------------------------------------------------------------------------------------------
@@ -171,7 +178,7 @@ def _gcn_registers(operands: str) -> frozenset[str]:
 def amdgcn(text: str, folder: Path) -> Code:
     """``folder``: where the files lie that the assembly names without one."""
     frames: list[tuple[str, int]] = []
-    accesses, loops, spills, labels = [], [], 0, {}
+    accesses, loops, jumps, spills, labels = [], [], set(), 0, {}
     registers: list[frozenset[str]] = []
     for line in text.splitlines():
         if found := _GCN_LINE.match(line):
@@ -192,26 +199,36 @@ def amdgcn(text: str, folder: Path) -> Code:
             spills += 1
         elif (found := re.match(r"^\s+s_c?branch\w*\s+(\.L\w+)", line)) and found[1] in labels:
             loops.append((labels[found[1]], i))
-    return _code(accesses, registers, loops, spills)
+        elif re.match(r"^\s+s_branch\s", line):
+            jumps.add(i)
+    return _code(accesses, registers, loops, jumps, spills)
 
 
 # -- both --------------------------------------------------------------------------------------------------------------
 
 
-def _code(accesses: list[Access], registers: list[frozenset[str]], loops: list[tuple[int, int]], spills: int) -> Code:
+def _code(
+    accesses: list[Access], registers: list[frozenset[str]], loops: list[tuple[int, int]], jumps: set[int], spills: int
+) -> Code:
     loads = {a.line: a for a in accesses if not a.store and a.kind == "tensor" and "copy" not in a.registers}
     loading = [(start, end) for start, end in loops if any(start <= line <= end for line in loads)]
-    most = max((_in_flight(loads, registers, *loop) for loop in loading or [(0, len(registers) - 1)]), default=0)
-    return Code(tuple(accesses), spills, most, len(loading))
+    regions = loading or [(0, len(registers) - 1)]
+    count, size = max((_in_flight(loads, registers, jumps, *region) for region in regions), key=lambda most: most[1])
+    return Code(tuple(accesses), spills, count, size)
 
 
-def _in_flight(loads: dict[int, Access], registers: list[frozenset[str]], start: int, end: int) -> int:
-    waiting: list[frozenset[str]] = []
-    most = 0
+def _in_flight(
+    loads: dict[int, Access], registers: list[frozenset[str]], jumps: set[int], start: int, end: int
+) -> tuple[int, int]:
+    """(how many loads, their bytes), where the bytes are most. Arms of a branch do not add up."""
+    waiting: list[Access] = []
+    most = (0, 0)
     for i in range(start, end + 1):
         if i in loads:
-            waiting.append(loads[i].registers)
-            most = max(most, len(waiting))
+            waiting.append(loads[i])
+            most = max(most, (len(waiting), sum(a.width for a in waiting)), key=lambda pair: pair[1])
+        elif i in jumps:
+            waiting = []
         else:
-            waiting = [filled for filled in waiting if not filled & registers[i]]
+            waiting = [a for a in waiting if not a.registers & registers[i]]
     return most
