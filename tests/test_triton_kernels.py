@@ -20,6 +20,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+import triton_problems
 from triton_problems import DEVICE, INF, Problem, assert_close, bits
 from vgkern.kernels import activations, batch_norm, tuning
 
@@ -117,6 +118,32 @@ def test_many_tiles(small_blocks, case):
     case.assert_passes("triton")
 
 
+# One less, as many, and one more than a block of 16 (planes) or 8 channels (rows), of one tile and of several; and than
+# the 256 elements that a program of test_sizes_about_the_largest_resident_channel keeps.
+@pytest.mark.parametrize("size", [7, 8, 9, 15, 16, 17, 33])
+@pytest.mark.parametrize(("layout", "mode"), [("planes", "batch"), ("rows", "batch"), ("planes", "none")])
+def test_sizes_about_a_block(small_blocks, layout, mode, size):
+    for outer in (4, 5) if layout == "planes" else (8, 9):
+        shape = (outer, 3, size) if layout == "planes" else (outer, size, 1)
+        problem = Problem(shape, layout, mode, activation="leaky_relu")
+        assert_close(problem.run(), problem.run(reference))
+
+
+@pytest.mark.parametrize("layout", ["planes", "rows"])
+@pytest.mark.parametrize("size", [16, 17, 32, 33])
+def test_sizes_about_the_largest_resident_channel(small_blocks, layout, size):
+    """With 8 samples, 16 elements a plane fit the backward's program and 32 the forward's; in rows half as many."""
+    small_blocks(resident=256)
+    problem = Problem((8, 3, size) if layout == "planes" else (size, 9, 1), layout)
+    assert_close(problem.run(), problem.run(reference))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_mean_of_1e4_costs_no_accuracy(small_blocks, layout, dtype):
+    Case(dtype=dtype, layout=layout, mean=1e4, activation="gelu").assert_passes("triton")
+
+
 @pytest.mark.parametrize("channels", [2, 9])
 def test_several_channels_a_program_of_planes(small_blocks, channels):
     small_blocks(elements=256, programs=2)
@@ -171,6 +198,31 @@ def test_the_norm_of_the_record_is_that_of_the_dx_written(small_blocks, layout, 
         norm = results[3].double().square().sum()
         torch.testing.assert_close(record[2], norm, rtol=1e-6, atol=0)
         assert bounds[0] * (1 - 1e-6) <= norm.sqrt() <= bounds[1] * (1 + 1e-6)
+
+
+def test_a_gradient_that_cancels_in_float32(small_blocks):
+    """dz = x̂ + 1: dx is 1e−5 of it, and neither float32 sums nor float32 statistics could tell its norm."""
+    problem = Problem((8, 3, 500), activation="identity", residual=False, dtype=torch.float64)
+    problem.weight.fill_(1.0)
+    _, statistics, mask = problem.forward()
+    view = (1, -1, 1)
+    problem.dy = (problem.x - statistics[0].view(view)) * statistics[1].view(view) + 1.0
+    dx, *_, record = problem.backward(statistics, mask)
+    assert record[2].sqrt() < 2e-5 * problem.dy.norm()
+    torch.testing.assert_close(record[2], dx.square().sum(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("cut", ["walked", "resident"])
+@pytest.mark.parametrize("mode", ["batch", "running"])
+def test_bounds_leave_alone_what_is_zero_not_finite_or_rounding(request, mode, cut):
+    if cut == "walked":
+        request.getfixturevalue("small_blocks")
+    problem = Problem((4, 3, 40), mode=mode, activation="identity", residual=False, bounds=(5.0, INF))
+    unbounded = Problem((4, 3, 40), mode=mode, activation="identity", residual=False)
+    # A constant gradient has dx = 0 over the batch's statistics, but for rounding.
+    for value in (0.0, INF, *([0.1] if mode == "batch" else [])):
+        problem.dy = unbounded.dy = torch.full_like(problem.dy, value)
+        assert bits(problem.run()) == bits(unbounded.run())
 
 
 @pytest.mark.parametrize("mode", ["batch", "running", "none"])
