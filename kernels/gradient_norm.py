@@ -24,8 +24,8 @@ list of any mixture. Tiles begin at multiples of 16 bytes, the first of them bef
 **Accuracy.** Of float32 and narrower elements, squares and sums are pairs of float32, high and low (Dekker's product by
 fma, Knuth's sum): each lane is good to 2⁻⁴⁴ or so, and lanes are added up in float64 once a program. Float64 for every
 element would take a conversion and an fma at the rate of float64, 1/64 of float32's on consumer cards: by the rates
-that NVIDIA gives, an RTX 3090 would need 1.7 times the time that memory needs for float32, and 3.4 times for bfloat16. The
-pairs take about a dozen float32 operations an element. Elements are divided by a power of two near the largest
+that NVIDIA gives, an RTX 3090 would need 1.7 times the time that memory needs for float32, and 3.4 times for bfloat16.
+The pairs take about a dozen float32 operations an element. Elements are divided by a power of two near the largest
 magnitude so far, which is exact; sums carry it along. So a finite tensor has a finite norm, and one that is not 0 has
 one that is not 0. Float64 elements are summed in float64. Other p than 1, 2 and inf take float64 logarithms.
 
@@ -60,9 +60,9 @@ _MAGNITUDES = tl.constexpr(1)
 _SQUARES = tl.constexpr(2)
 _POWERS = tl.constexpr(3)
 
-# Elements of a tile, half as many of float64: 8 a thread of 256. With 16 a thread the kernel takes 97 registers on sm_90,
-# with 32 it takes 163, which leave a multiprocessor a quarter or an eighth of its warps; with 8 it takes 40, and there are
-# six blocks of it, which have as many bytes in flight.
+# Elements of a tile, half as many of float64: 8 a thread of 256. With 16 a thread the kernel takes 97 registers on
+# sm_90, with 32 it takes 163, which leave a multiprocessor a quarter or an eighth of its warps; with 8 it takes 40, and
+# there are six blocks of it, which have as many bytes in flight.
 _TILE = 2048
 _THREADS = 256
 # Programs that a long list is cut into, beside one for each tensor: several for each multiprocessor, and few enough

@@ -2,9 +2,9 @@
 
     python -m tests.mutants [NAME ...] [--jobs N] [--list]
 
-A fault is a text of a file and what takes its place. If the text is not there exactly once, the fault is out of date and
-the run fails before it begins. The tests must pass without a fault; then a fault that they pass with has survived. Exit
-status 1 if one did.
+A fault is a text of a file and what takes its place. If the text is not there exactly once, the fault is out of date
+and the run fails before it begins. The tests must pass without a fault; then a fault that they pass with has survived.
+Exit status 1 if one did.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class Verdict:
 
 BATCH_NORM, NORMS = "kernels/batch_norm.py", "kernels/gradient_norm.py"
 CPU, CPU_NORMS = "csrc/batch_norm.cpp", "csrc/gradient_norm.cpp"
-KERNELS = "tests/test_triton_kernels.py|not compile and not test_a_cut"
+KERNELS = "tests/test_triton_kernels.py|many_tiles or accuracy_does or offsets_reach or halves_are or not_wanted"
 GUARDS = "tests/test_triton_traffic.py|outside"
 TRAFFIC = "tests/test_triton_traffic.py|bytes"
-RECORD = "tests/test_grad_record.py|triton"
-BOUNDS = "tests/test_grad_norm_bounds.py|triton"
+RECORD = "tests/test_grad_record.py|triton and (every_field or dead_fraction or root_mean)"
+BOUNDS = "tests/test_grad_norm_bounds.py|triton and (lies_within or accept)"
 GRADIENTS = "tests/test_gradient_norms.py|triton"
 CPU_KERNELS = "tests/test_cpu_kernels.py"
-CPU_GRID = "tests/test_grid.py|cpu"
+CPU_GRID = "tests/test_grid.py|cpu and float32"
 CPU_GRADIENTS = "tests/test_gradient_norms.py|cpu or threads"
 
 FAULTS = [
@@ -63,8 +63,7 @@ FAULTS = [
     Fault("a channel's value read past the last channel", BATCH_NORM,
           "tl.load(ptr + channel * STRIDE, mask=present, other=0.0)", "tl.load(ptr + channel * STRIDE)", GUARDS),
     Fault("partial sums written past the last channel", BATCH_NORM,
-          "(split + num_splits * row) + channel, values, mask=present)", "(split + num_splits * row) + channel, values)",
-          GUARDS),
+          "num_splits * row) + channel, values, mask=present)", "num_splits * row) + channel, values)", GUARDS),
     Fault("strides of batch and channel swapped", BATCH_NORM,
           "run = outer * num_channels + channel", "run = channel * num_outer + outer", KERNELS),
     Fault("a row's number in 32 bits", BATCH_NORM,
@@ -79,14 +78,15 @@ FAULTS = [
     Fault("the last split's sums skipped", BATCH_NORM,
           "inside = (split < num_splits)[:, None] & present[None, :]\n        first_total",
           "inside = (split < tl.maximum(num_splits - 1, 1))[:, None] & present[None, :]\n        first_total", KERNELS),
-    Fault("no epsilon", BATCH_NORM, "tl.sqrt(squares / channel_size + eps)", "tl.sqrt(squares / channel_size)", KERNELS),
+    Fault("no epsilon", BATCH_NORM,
+          "tl.sqrt(squares / channel_size + eps)", "tl.sqrt(squares / channel_size)", KERNELS),
     Fault("squares not taken about the mean", BATCH_NORM,
           "squares = squares - total * offset", "squares = squares + 0.0 * offset", KERNELS),
     Fault("a mean of one part", BATCH_NORM, "centred = (x - mean_hi) - mean_lo", "centred = x - mean_hi", KERNELS),
     Fault("the residual added twice", BATCH_NORM,
           "            shift = shift + residual\n", "            shift = shift + residual + residual\n", KERNELS),
-    Fault("statistics never written", BATCH_NORM, "present, num_channels, split == 0\n", "present, num_channels, split < 0\n",
-          KERNELS),
+    Fault("statistics never written", BATCH_NORM,
+          "present, num_channels, split == 0\n", "present, num_channels, split < 0\n", KERNELS),
     Fault("an infinite first element as the origin", BATCH_NORM,
           'return tl.where(tl.abs(value) < float("inf"), value, 0.0)', "return value", "tests/test_values.py|triton"),
     Fault("bits of the mask in reverse", BATCH_NORM,
@@ -101,11 +101,12 @@ FAULTS = [
           "_channel_sums(dz_centred, ROWS, CHANNELS) * rstd", "_channel_sums(dz_centred, ROWS, CHANNELS)", KERNELS),
     Fault("dγ about zero and not the mean", BATCH_NORM,
           "wide * (x.to(tl.float64) - mean)", "wide * x.to(tl.float64)", KERNELS),
-    Fault("the wrong sign of 1 − κ in the norm", BATCH_NORM, "(1.0 + excess) * dz_xhat", "(1.0 - excess) * dz_xhat", RECORD),
+    Fault("the wrong sign of 1 − κ in the norm", BATCH_NORM,
+          "(1.0 + excess) * dz_xhat", "(1.0 - excess) * dz_xhat", RECORD),
     Fault("elements outside the tensor counted as dead", BATCH_NORM,
           "affine[5], ARGS) == 0) & inside", "affine[5], ARGS) == 0)", RECORD),
     Fault("an upper bound that does not bound", BATCH_NORM,
-          "bound = tl.where(norm > max_norm, max_norm, bound)", "bound = tl.where(norm > max_norm, norm, bound)", BOUNDS),
+          "tl.where(norm > max_norm, max_norm, bound)", "tl.where(norm > max_norm, norm, bound)", BOUNDS),
     Fault("a second launch that always writes", BATCH_NORM,
           "last = tl.where(factor == 1.0, first, last)", "last = last", TRAFFIC),
     # -- Triton: norms of lists
@@ -135,7 +136,8 @@ FAULTS = [
           "residual = residual.contiguous(memory_format=memory_format)", "residual = residual.contiguous()",
           "tests/test_layouts.py"),
     Fault("an expanded tensor taken for dense", "vgkern/ops.py",
-          "            if stride != expected:\n", "            if stride > expected:\n", "tests/test_gradient_norms.py|dense"),
+          "            if stride != expected:\n", "            if stride > expected:\n",
+          "tests/test_gradient_norms.py|dense"),
     Fault("a biased variance in the reference", "vgkern/backends/reference.py",
           "var * (count / (count - 1))", "var", "tests/test_grid.py|reference"),
     # -- C++
@@ -156,8 +158,8 @@ FAULTS = [
           "set_shift(channel, bias_[channel])", CPU_GRID),
     Fault("chunks of another scale merged unraised", CPU_NORMS, "std::pow(part->scale / whole.scale, p)",
           "part->scale / whole.scale", CPU_GRADIENTS),
-    Fault("a tensor's last chunk given to the next", CPU_NORMS, "(arrays[i].count + kChunkElements - 1) / kChunkElements",
-          "arrays[i].count / kChunkElements", CPU_GRADIENTS),
+    Fault("a tensor's last chunk given to the next", CPU_NORMS,
+          "(arrays[i].count + kChunkElements - 1) / kChunkElements", "arrays[i].count / kChunkElements", CPU_GRADIENTS),
     # -- C++ headers
     Fault("relu'(0) = 1", "csrc/activations.h",
           "Relu : Traits<Reads::mask> {\n  explicit Relu(const double*) {}\n"
@@ -167,8 +169,8 @@ FAULTS = [
           "  VGKERN_INLINE Vec<R> forward(Vec<R> z) const { return max(Vec<R>(0), z); }\n"
           "  VGKERN_INLINE Mask<R> on(Vec<R> z) const { return ~(z < Vec<R>(0)); }",
           "tests/test_values.py|cpu"),
-    Fault("a leaky slope lost in the backward", "csrc/activations.h", "select(on, dy, dy * slope)", "select(on, dy, dy)",
-          CPU_GRID),
+    Fault("a leaky slope lost in the backward", "csrc/activations.h",
+          "select(on, dy, dy * slope)", "select(on, dy, dy)", CPU_GRID),
     Fault("a tail counted as dead", "csrc/tiles.h", "dead += __builtin_popcount(d.dead & place.bits());",
           "dead += __builtin_popcount(d.dead);", CPU_KERNELS),
     Fault("a tail of zeros in the statistics", "csrc/tiles.h", "Wide<R>(load_at<T>(tile.x, place, fill)) - pivot",
@@ -210,7 +212,7 @@ def build(tree: Path) -> None:
 
 
 def rebuild(tree: Path, file: str) -> None:
-    """The extension after a fault in ``file``. A header's is compiled into the best instruction set alone, the one used."""
+    """The extension after a fault in ``file``; of a header, only the instruction set that is used is compiled anew."""
     source = tree / file
     if source.suffix == ".h":
         from vgkern.backends import cpu
@@ -270,7 +272,7 @@ def out_of_date(faults: list[Fault]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description="Plant faults; tests must catch them.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="faults whose name contains one of these; all if none")
     parser.add_argument("--jobs", type=int, default=2, help="how many at a time (default: 2)")
     parser.add_argument("--list", action="store_true", help="name the faults and plant none")
@@ -291,11 +293,13 @@ def main(arguments: list[str] | None = None) -> int:
         if any(fault.file.startswith("csrc/") for fault in faults):
             build(pristine)
         tests = sorted({fault.tests for fault in faults})
-        for wanted, done in zip(tests, pool.map(lambda tests: pytest(pristine, tests), tests), strict=True):
-            if caught := what_caught(done):
-                print(f"{wanted}: fails without a fault: {caught}\n{done.stdout[-2000:]}", file=sys.stderr)
-                return 1
-        for verdict in pool.map(lambda fault: plant(fault, pristine, folder), faults):
+        without = dict(zip(tests, pool.map(lambda tests: what_caught(pytest(pristine, tests)), tests), strict=True))
+        for wanted, failed in without.items():
+            if failed:
+                print(f"{wanted}: fails without a fault: {failed}", file=sys.stderr)
+        survived += [fault.name for fault in faults if without[fault.tests]]
+        sound = [fault for fault in faults if not without[fault.tests]]
+        for verdict in pool.map(lambda fault: plant(fault, pristine, folder), sound):
             outcome = f"caught by {verdict.caught_by}" if verdict.caught_by else "SURVIVED"
             print(f"{verdict.fault.name} ({verdict.fault.file}): {outcome}, {verdict.seconds:.0f} s", flush=True)
             if not verdict.caught_by:

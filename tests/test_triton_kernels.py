@@ -24,7 +24,6 @@ import triton_problems
 from triton_problems import DEVICE, INF, Problem, assert_close, bits
 from vgkern.kernels import activations, batch_norm, tuning
 
-import vgkern
 from vgkern import ops
 from vgkern.backends import reference
 from vgkern.backends import triton as backend
@@ -313,7 +312,12 @@ def test_why_it_is_unavailable(monkeypatch):
 
 # -- compilation ahead of time -----------------------------------------------------------------------------------------
 
-TARGETS = {"cuda:80": ("cuda", 80, 32), "cuda:90": ("cuda", 90, 32), "cuda:100": ("cuda", 100, 32), "hip:gfx942": ("hip", "gfx942", 64)}
+TARGETS = {
+    "cuda:80": ("cuda", 80, 32),
+    "cuda:90": ("cuda", 90, 32),
+    "cuda:100": ("cuda", 100, 32),
+    "hip:gfx942": ("hip", "gfx942", 64),
+}
 
 # Every kernel, both layouts, all dtypes; 10 seconds a target or so.
 COMPACT = [

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_problems import ALL, INF, Problem, bits, interpreted
+from triton_problems import INF, Problem, bits, interpreted
 from vgkern.kernels import batch_norm
 
 import vgkern

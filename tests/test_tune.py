@@ -24,14 +24,14 @@ def test_it_chooses_the_fastest_and_leaves_what_is_not_worth_it():
     def timed(call) -> float:
         if len(calls) < 8:  # a few are enough to see that they run
             call()
-        (row,) = (row for row in wanted if tuning.TABLE[row] is not table[row]) if tuning.TABLE != table else (None,)
+        (row,) = (row for row in wanted if tuning.TABLE[row] is not table[row]) if table != tuning.TABLE else (None,)
         calls.append(row)
         if row is None:
             return 1.0
         return 0.5 if tuning.TABLE[row] == best.get(row) else 0.99
 
     chosen = tune.tune("cpu", time=timed, shapes=TINY, progress=shown.append)
-    assert tuning.TABLE == table
+    assert table == tuning.TABLE
     assert list(chosen) == list(wanted)
     for row, limits in chosen.items():
         if row in best:
@@ -47,7 +47,7 @@ def test_what_does_not_fit_the_gpu_is_left_out():
     from triton.runtime.errors import OutOfResources
 
     def timed(call) -> float:
-        if tuning.TABLE != table:
+        if table != tuning.TABLE:
             raise OutOfResources(300000, 200000, "shared memory")
         return 1.0
 

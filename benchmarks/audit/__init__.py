@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"audit: {error}", file=sys.stderr)
         return 2
     code, traffic = gathered["code"], gathered["traffic"]
-    times = predict.times(getattr(layers, which.upper()), gathered["inductor"])
+    times = predict.times(layers.SELECTIONS[which], gathered["inductor"])
     totals = predict.totals(times)
     found = [*findings.of_code(code), *findings.of_traffic(traffic), *findings.of_launches(times)]
 

@@ -86,7 +86,7 @@ def _row(launch: Any, kernel: Any, target: Target, dtype: str, layout: str) -> d
     }  # fmt: skip
 
 
-def compile_all(target: Target, which: list[layers.Layer]) -> list[dict[str, Any]]:
+def compile_all(target: Target, which: layers.Selection) -> list[dict[str, Any]]:
     _activate(target)
     rows: dict[str, dict[str, Any]] = {}
 
@@ -100,12 +100,12 @@ def compile_all(target: Target, which: list[layers.Layer]) -> list[dict[str, Any
     for case in layers.cases(which):
         for launch in layers.launches_of(case, layers.tensors_of(case)):
             add(launch, case.dtype, case.layout, f"{case.layer.label}, {case.direction}")
-    for dtype in layers.DTYPES:
+    for dtype in which.dtypes:
         for launch in layers.gradient_launches(dtype):
             add(launch, dtype, "list", "gradients of resnet50")
     return list(rows.values())
 
 
 if __name__ == "__main__":
-    for row in compile_all(TARGETS[sys.argv[1]], getattr(layers, sys.argv[2].upper())):
+    for row in compile_all(TARGETS[sys.argv[1]], layers.SELECTIONS[sys.argv[2]]):
         print(json.dumps(row), flush=True)

@@ -127,12 +127,14 @@ def _lower(graph: Any, inputs: list[Any], backward: bool) -> dict[str, float]:
         return {"launches": len(nodes), "bytes": sum(node.get_read_write_buffers_sizes() for node in nodes)}
 
 
-def traffic(which: list[layers.Layer]) -> list[dict[str, Any]]:
+def traffic(which: layers.Selection) -> list[dict[str, Any]]:
     """Of each layer in float32 and bfloat16 (float16 is its like), format and direction: launches and bytes."""
     _pretend()
     rows = []
-    for layer in which:
+    for layer in which.layers:
         for dtype in ("float32", "bfloat16"):
+            if dtype not in which.dtypes:
+                continue
             for layout in layers.FORMATS:
                 case = layers.Case(layer, dtype, layout, "")
                 torch._dynamo.reset()
@@ -146,5 +148,5 @@ def traffic(which: list[layers.Layer]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    for row in traffic(getattr(layers, sys.argv[1].upper())):
+    for row in traffic(layers.SELECTIONS[sys.argv[1]]):
         print(json.dumps(row), flush=True)

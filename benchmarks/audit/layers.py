@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,13 +82,25 @@ def gradients(dtype: torch.dtype) -> list[Tensor]:
     return [torch.empty(size, dtype=dtype, device="meta") for size in sizes]
 
 
-#: What is audited: channels that are walked in many programs, and channels that fit one.
-FULL = [*resnet50(256), *cifar_resnet(128)]
-#: A few of them that reach every kernel; for tests.
-SMALL = [
-    Layer("small", (256, 64, 56, 56), "relu", True, 1),
-    Layer("small", (32, 2048, 7, 7), "relu", True, 1),
-]
+class Selection(NamedTuple):
+    """What is audited: these layers in these dtypes."""
+
+    layers: list[Layer]
+    dtypes: tuple[str, ...]
+
+
+SELECTIONS = {
+    # Channels that are walked in many programs, and channels that fit one.
+    "full": Selection([*resnet50(256), *cifar_resnet(128)], tuple(DTYPES)),
+    # As few as reach every kernel; for tests.
+    "small": Selection(
+        [
+            Layer("small", (256, 64, 56, 56), "relu", True, 1),
+            Layer("small", (32, 2048, 7, 7), "relu", True, 1),
+        ],
+        ("bfloat16",),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -101,9 +113,9 @@ class Case:
     direction: str  # "forward", "backward" or "eval"
 
 
-def cases(layers: list[Layer], dtypes: tuple[str, ...] = tuple(DTYPES)) -> Iterator[Case]:
-    for layer in layers:
-        for dtype in dtypes:
+def cases(selection: Selection) -> Iterator[Case]:
+    for layer in selection.layers:
+        for dtype in selection.dtypes:
             for layout in FORMATS:
                 for direction in ("forward", "backward", "eval"):
                     yield Case(layer, dtype, layout, direction)

@@ -1,7 +1,7 @@
 """What machine code says of a kernel: every access to global memory, where it comes from, how many are in flight.
 
-NVIDIA: SASS as ``nvdisasm -c -gi`` prints it. AMD: the assembly that Triton keeps. Both carry the source lines, those of
-inlined functions included, so an access is known by the pointer that the line names.
+NVIDIA: SASS as ``nvdisasm -c -gi`` prints it. AMD: the assembly that Triton keeps. Both carry the source lines, those
+of inlined functions included, so an access is known by the pointer that the line names.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 #: Functions that read or write per-channel values and workspaces: a few kilobytes a program, not the tensors.
 COLD = {
-    "_channel_values", "_chunk_of", "_merge", "_merge_squares", "_origin", "_save_counts", "_save_gradient",
-    "_save_statistics", "_save_sums", "_saved", "_store_sum", "_store_tally", "_total", "_finish",
+    "_channel_values", "_chunk_of", "_finish", "_gradient_totals", "_merge", "_origin", "_save_counts",
+    "_save_statistics", "_save_sums", "_saved", "_store_sum", "_store_tally", "_total",
 }  # fmt: skip
 #: Functions that read or write the mask: a byte for eight elements.
 MASK = {"_load_bits", "_store_bits"}
@@ -84,6 +84,8 @@ def kind_of(frames: Iterable[tuple[str, int]]) -> str:
     for path, line in frames:
         statement = _source(path)[2].get(line, "")
         found = set(_NAME.findall(statement))
+        if found == {"mask"}:
+            return "mask"
         if found:
             return "tensor" if found & _TENSORS else "other"
         if _BASE.search(statement):
@@ -152,7 +154,7 @@ def sass(text: str) -> Code:
 
 
 def _copies_in_flight(code: Code, groups: list[int], waits: dict[int, int], start: int, end: int) -> tuple[int, int]:
-    """(how many, bytes) of copies to shared memory at once: the groups that a wait lets be, and one turn of the loop."""
+    """(how many, bytes) of copies to shared memory at once: the groups that a wait lets be, and one turn of a loop."""
     inside = [a for a in code.accesses if "copy" in a.registers and a.kind == "tensor" and start <= a.line <= end]
     turn = sum(start <= place <= end for place in groups)
     pending = max((n for place, n in waits.items() if start <= place <= end), default=0)

@@ -1,7 +1,7 @@
 """Predicted times: bytes over bandwidth, plus a price a launch, the same for vgkern, Inductor and eager PyTorch.
 
-The model knows no cache: a tensor that the last kernel left in L2 counts as read from memory. That is fair to large layers;
-of small ones it overstates every implementation's time, that of many passes the most.
+The model knows no cache: a tensor that the last kernel left in L2 counts as read from memory. That is fair to large
+layers; of small ones it overstates every implementation's time, that of many passes the most.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def vgkern(case: layers.Case) -> tuple[float, float]:
     return len(launches), sum(launch.bytes for launch in launches)
 
 
-def times(which: Sequence[layers.Layer], inductor: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def times(which: layers.Selection, inductor: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row for each layer, dtype, format, direction and device: launches, units and seconds of each implementation."""
     found = {(r["layer"], r["dtype"], r["layout"], r["direction"]): (r["launches"], r["bytes"]) for r in inductor}
     rows = []
-    for layer in which:
-        for dtype in layers.DTYPES:
+    for layer in which.layers:
+        for dtype in which.dtypes:
             for layout in layers.FORMATS:
                 for direction in DIRECTIONS:
                     case = layers.Case(layer, dtype, layout, direction)

@@ -38,8 +38,9 @@ def code_summary(rows: Rows) -> list[list[str]]:
         reasons = sorted({findings.reason(row) or "none" for row in low}, key=len)
         widths = sorted({width for row in many for width in row["load_bytes"] + row["store_bytes"]}, reverse=True)
         lines.append([
-            kernel, target, str(len(many)), _span([row["registers"] for row in many]), str(sum(row["spills"] for row in many)),
-            _span([row["shared"] / 1024 for row in many], "{:.3g}"), _span([100 * row["occupancy"] for row in many], "{:.0f}"),
+            kernel, target, str(len(many)), _span([row["registers"] for row in many]),
+            str(sum(row["spills"] for row in many)), _span([row["shared"] / 1024 for row in many], "{:.3g}"),
+            _span([100 * row["occupancy"] for row in many], "{:.0f}"),
             ", ".join(map(str, widths)) or "-", str(sum(map(findings.narrow, many))),
             _span([row["loads_in_flight"] for row in many]), reasons[0] if reasons else "",
         ])  # fmt: skip
@@ -47,8 +48,8 @@ def code_summary(rows: Rows) -> list[list[str]]:
 
 
 CODE_COLUMNS = [
-    "kernel", "target", "specialisations", "registers", "spills", "shared KB", "occupancy %", "bytes a thread", "narrow",
-    "loads in flight", "reason where below half",
+    "kernel", "target", "specialisations", "registers", "spills", "shared KB", "occupancy %", "bytes a thread",
+    "narrow", "loads in flight", "reason where below half",
 ]  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def time_summary(totals: Rows) -> list[list[str]]:
         lines.append([
             row["net"], row["device"], row["dtype"], row["layout"],
             *("-" if row[f"{name}_ms"] is None else f"{row[f'{name}_ms']:.3f}" for name in IMPLEMENTATIONS),
-            *("-" if row[f"{name}_ms"] is None else f"{row[f'{name}_ms'] / ours:.2f}" for name in ("eager", "inductor")),
+            *("-" if row[name] is None else f"{row[name] / ours:.2f}" for name in ("eager_ms", "inductor_ms")),
         ])  # fmt: skip
     return lines
 
@@ -94,13 +95,14 @@ TIME_COLUMNS = ["net", "device", "dtype", "format", "eager ms", "inductor ms", "
                 "inductor / vgkern"]  # fmt: skip
 
 CODE_CAPTION = (
-    "Machine code of every specialisation. Occupancy: resident warps by the architecture's limits. Bytes a thread: widths "
-    "of all loads and stores of tensors; narrow: specialisations with one narrower than its alignment allows. Loads in "
-    f"flight: before the first result is used. The bytes that keep memory busy assume {MEMORY_LATENCY * 1e9:.0f} ns."
+    "Machine code of every specialisation. Occupancy: resident warps by the architecture's limits. Bytes a thread: "
+    "widths of all loads and stores of tensors; narrow: specialisations with one narrower than its alignment allows. "
+    "Loads in flight: before the first result is used. The bytes that keep memory busy assume a latency of "
+    f"{MEMORY_LATENCY * 1e9:.0f} ns."
 )
 TRAFFIC_CAPTION = (
-    "Bytes that the kernels loaded and stored in Triton's interpreter, against what they state. One unit is one read or "
-    "write of a tensor of x's size; the floor is every tensor once."
+    "Bytes that the kernels loaded and stored in Triton's interpreter, against what they state. One unit is one read "
+    "or write of a tensor of x's size; the floor is every tensor once."
 )
 TIME_CAPTION = (
     "Predicted, not measured: all batch norms of a net, forward and backward, in one training step. "

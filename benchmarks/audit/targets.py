@@ -1,7 +1,7 @@
 """The GPUs: what a kernel may take of a multiprocessor, and how fast memory is. By the makers' public documents.
 
-NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; data sheets of A100 80GB SXM, H100
-SXM, H200 SXM. AMD: CDNA 3 instruction set architecture, data sheet of the MI300X.
+NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; data sheets of A100 80GB SXM,
+H100 SXM, H200 SXM, B200. AMD: CDNA 3 instruction set architecture, data sheet of the MI300X.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Target:
-    """An instruction set. Of a multiprocessor (AMD: compute unit): registers of 32 bits, warps, blocks, shared bytes."""
+    """An instruction set. Of a multiprocessor (AMD: compute unit): 32-bit registers, warps, blocks, shared bytes."""
 
     name: str
     backend: str
@@ -46,7 +46,7 @@ class Target:
         return self.bandwidth / self.multiprocessors * MEMORY_LATENCY
 
 
-#: Seconds from a load to its data while memory is busy. Assumed, of the order that microbenchmarks of A100 and H100 give.
+#: Seconds from a load to its data while memory is busy. Assumed, of the order of what microbenchmarks give.
 MEMORY_LATENCY = 700e-9
 
 TARGETS = {

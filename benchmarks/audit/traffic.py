@@ -37,7 +37,7 @@ def floor_units(case: layers.Case) -> float:
     return 2.0 + residual + (mask if case.direction == "forward" else 0.0)
 
 
-def count(which: list[layers.Layer]) -> list[dict[str, Any]]:
+def count(which: layers.Selection) -> list[dict[str, Any]]:
     from vgkern.kernels import batch_norm, tuning
 
     from .. import interpreter
@@ -68,7 +68,7 @@ def count(which: list[layers.Layer]) -> list[dict[str, Any]]:
                 "stated_bytes": launch.bytes, "counted_bytes": counted, "other_bytes": traffic.bytes() - counted,
                 "pass_units": sum(step.units for step in launches), "floor_units": floor_units(case),
             })  # fmt: skip
-    return [*rows, *(row for dtype in layers.DTYPES for row in _gradient_rows(dtype))]
+    return [*rows, *(row for dtype in which.dtypes for row in _gradient_rows(dtype))]
 
 
 def _gradient_rows(dtype: str) -> list[dict[str, Any]]:
@@ -93,5 +93,5 @@ def _gradient_rows(dtype: str) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    for row in count(getattr(layers, sys.argv[1].upper())):
+    for row in count(layers.SELECTIONS[sys.argv[1]]):
         print(json.dumps(row), flush=True)
