@@ -167,7 +167,7 @@ def _time_figure(totals: Rows, net: str) -> str:
             values = [chosen[device.name][f"{name}_ms"] or 0.0 for device in DEVICES]
             places = [n + (k - 1) * 0.27 for n in range(len(values))]
             bars = axes.bar(places, values, 0.25, color=colour, label=NAMES[name])
-            axes.bar_label(bars, [f"{value:.1f}" if value else "" for value in values], fontsize=7.5, padding=1)
+            axes.bar_label(bars, [f"{value:.3g}" if value else "" for value in values], fontsize=7.5, padding=1)
         axes.set_xticks(range(len(DEVICES)), [device.name for device in DEVICES])
         axes.set_title(f"{dtype}, {layout}", loc="left", fontsize=10)
         axes.set_ylabel("ms a step")
@@ -201,7 +201,7 @@ def _units_figure(times: Rows) -> str:
     axes.invert_yaxis()
     axes.set_xlabel("units: reads and writes of a tensor of x's size, a layer, on average")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.legend(frameon=False, fontsize=9, loc="outside upper center", ncols=len(IMPLEMENTATIONS))
     return _svg(figure)
 
 
@@ -223,8 +223,9 @@ def _occupancy_figure(code: Rows) -> str:
         "#000000",
         "#7A5195",
     ]
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
-    panels = figure.subplots(2, -(-len(targets) // 2), sharex=True, sharey=True, squeeze=False).ravel()
+    rows = -(-len(targets) // 2)
+    figure = Figure(figsize=(11, 2.6 * rows + 0.6), layout="constrained")
+    panels = figure.subplots(rows, min(len(targets), 2), sharex=True, sharey=True, squeeze=False).ravel()
     for axes, target in zip(panels, targets, strict=False):
         for kernel, colour in zip(kernels, colours, strict=False):
             chosen = [row for row in code if row["target"] == target and row["kernel"] == kernel]
@@ -235,11 +236,11 @@ def _occupancy_figure(code: Rows) -> str:
                 )  # fmt: skip
         axes.axhline(100 * findings.OCCUPANCY, color="#8C8C8C", linewidth=1, linestyle=":")
         axes.set_title(target, loc="left", fontsize=10)
-        axes.set_xlabel("registers a thread")
-        axes.set_ylabel("occupancy, %")
         axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("registers a thread", fontsize=10)
+    figure.supylabel("occupancy, %", fontsize=10)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8.5, loc="outside lower center", ncols=5)
+    figure.legend(handles, labels, frameon=False, fontsize=8.5, loc="outside upper center", ncols=5)
     return _svg(figure)
 
 
