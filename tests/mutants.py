@@ -3,8 +3,8 @@
     python -m tests.mutants [NAME ...] [--jobs N] [--list]
 
 A fault is a text of a file and what takes its place. If the text is not there exactly once, the fault is out of date
-and the run fails before it begins. The tests must pass without a fault; then a fault that they pass with has survived.
-Exit status 1 if one did.
+and the run fails before it begins. A fault is caught if a test fails with it that passes without it. Exit status 1 if
+one survives.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Verdict:
     fault: Fault
     caught_by: str  # empty: it survived
     seconds: float
+    trouble: str = ""  # a test that failed with the fault, and without it too
 
 
 BATCH_NORM, NORMS = "kernels/batch_norm.py", "kernels/gradient_norm.py"
@@ -225,25 +226,23 @@ def rebuild(tree: Path, file: str) -> None:
     build(tree)
 
 
-def pytest(tree: Path, tests: str) -> subprocess.CompletedProcess[str]:
-    paths, _, expression = tests.partition("|")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *paths.split()]
-    if expression:
-        command += ["-k", expression]
+def pytest(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-x", "-v", "--no-header", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=1200, check=False)
 
 
-def what_caught(done: subprocess.CompletedProcess[str]) -> str:
-    """The first test that failed, or how the process ended; empty if all passed."""
+def first_failure(done: subprocess.CompletedProcess[str]) -> str:
+    """The test that failed, or in which the process died; empty if all passed."""
     if done.returncode == 0:
         return ""
-    if done.returncode < 0:
-        return f"the process died of signal {-done.returncode}"
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if done.returncode > 0:
+        found = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    else:
+        found = re.findall(r"^(tests/\S+::.+?)(?: [A-Z]+ +\[ *\d+%\])?\s*$", done.stdout, re.MULTILINE)[-1:]
     if not found:
         raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return found[1]
+    return found[0]
 
 
 def plant(fault: Fault, pristine: Path, folder: Path) -> Verdict:
@@ -255,7 +254,11 @@ def plant(fault: Fault, pristine: Path, folder: Path) -> Verdict:
         path.write_text(path.read_text().replace(fault.old, fault.new))
         if fault.file.startswith("csrc/"):
             rebuild(tree, fault.file)
-        return Verdict(fault, what_caught(pytest(tree, fault.tests)), time.monotonic() - begin)
+        paths, _, expression = fault.tests.partition("|")
+        failed = first_failure(pytest(tree, *paths.split(), *(["-k", expression] if expression else [])))
+        if failed and first_failure(pytest(pristine, failed)):
+            return Verdict(fault, "", time.monotonic() - begin, failed)
+        return Verdict(fault, failed, time.monotonic() - begin)
 
 
 def out_of_date(faults: list[Fault]) -> list[str]:
@@ -292,15 +295,10 @@ def main(arguments: list[str] | None = None) -> int:
         copy_tree(pristine)
         if any(fault.file.startswith("csrc/") for fault in faults):
             build(pristine)
-        tests = sorted({fault.tests for fault in faults})
-        without = dict(zip(tests, pool.map(lambda tests: what_caught(pytest(pristine, tests)), tests), strict=True))
-        for wanted, failed in without.items():
-            if failed:
-                print(f"{wanted}: fails without a fault: {failed}", file=sys.stderr)
-        survived += [fault.name for fault in faults if without[fault.tests]]
-        sound = [fault for fault in faults if not without[fault.tests]]
-        for verdict in pool.map(lambda fault: plant(fault, pristine, folder), sound):
+        for verdict in pool.map(lambda fault: plant(fault, pristine, folder), faults):
             outcome = f"caught by {verdict.caught_by}" if verdict.caught_by else "SURVIVED"
+            if verdict.trouble:
+                outcome = f"UNKNOWN: {verdict.trouble} fails without it as well"
             print(f"{verdict.fault.name} ({verdict.fault.file}): {outcome}, {verdict.seconds:.0f} s", flush=True)
             if not verdict.caught_by:
                 survived.append(verdict.fault.name)
