@@ -1,17 +1,21 @@
-# make demo, make test: everything from nothing. make bench, make lint; make clean takes it all away.
+# make demo, make test: everything from nothing. make mutants, make bench, make lint; make clean takes it all away.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/isa/*.cpp) setup.py pyproject.toml
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test mutants bench lint format clean
 demo: $(VENV)/.built
 	$(BIN)/vgkern demo
 
 # Two processes of one thread each: threads that outnumber the cores spin. What needs threads sets their number itself.
 test: $(VENV)/.built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+# Faults planted one at a time in a copy of the tree: each must be caught.
+mutants: $(VENV)/.built
+	$(BIN)/python -m tests.mutants
 
 bench: $(VENV)/.built
 	$(BIN)/python -m benchmarks micro standard --dtype float32 bfloat16 --layout contiguous channels_last

@@ -5,6 +5,7 @@
 #include "bandwidth.h"
 #include "batch_norm.h"
 #include "dispatch.h"
+#include "gradient_norm.h"
 #include "memory_pool.h"
 #include "parallel.h"
 
@@ -82,6 +83,24 @@ void backward(bool rows, int64_t batch, int64_t channels, int64_t spatial, int d
   batch_norm_act_backward(kernels(), call);
 }
 
+std::vector<Array> arrays(const std::vector<Pointer>& pointers, const std::vector<int64_t>& counts,
+                          const std::vector<int>& dtypes) {
+  std::vector<Array> list;
+  list.reserve(pointers.size());
+  for (size_t i = 0; i < pointers.size(); ++i) list.push_back({to<void>(pointers[i]), counts[i], DataType(dtypes[i])});
+  return list;
+}
+
+void norms(const std::vector<Pointer>& pointers, const std::vector<int64_t>& counts, const std::vector<int>& dtypes,
+           double p, int threads, Pointer norms, Pointer total) {
+  gradient_norms(kernels(), arrays(pointers, counts, dtypes), p, threads, to<double>(norms), to<double>(total));
+}
+
+void scale(const std::vector<Pointer>& pointers, const std::vector<int64_t>& counts, const std::vector<int>& dtypes,
+           double factor, int threads) {
+  scale_arrays(kernels(), arrays(pointers, counts, dtypes), factor, threads);
+}
+
 void apply_math(const std::string& name, Pointer in, Pointer out, int64_t count, bool is_double) {
   const KernelTable& table = kernels();
   const bool known = is_double ? table.apply_math_double(name.c_str(), to<const double>(in), to<double>(out), count)
@@ -124,6 +143,9 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("batch_norm_act_forward", &forward, py::call_guard<py::gil_scoped_release>());
   m.def("batch_norm_act_backward", &backward, py::call_guard<py::gil_scoped_release>());
+
+  m.def("gradient_norms", &norms, py::call_guard<py::gil_scoped_release>());
+  m.def("scale_arrays", &scale, py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "dtype_names", [] { return std::vector<std::string>{"float32", "float64", "bfloat16", "float16"}; },

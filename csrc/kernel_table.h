@@ -103,6 +103,16 @@ struct ActivationKernels {
   TileFunction apply[kDataTypes];
 };
 
+// What a norm is made of: the largest |x|, Σ|x|, Σx², or Σ|x|ᵖ for another p > 0.
+enum NormKind : int { kLargest, kMagnitudes, kSquares, kPowers };
+
+// The norm of a part of an array: Σ|x|ᵖ = scaleᵖ·sum; of kLargest scale·sum is the magnitude. A part that is not finite
+// has the largest scale, so that a merge does not multiply it by 0.
+struct NormPart {
+  double scale, sum;
+};
+constexpr double kLargestNormScale = 0x1p1000;
+
 struct KernelTable {
   const char* name;
   const ActivationKernels* activations;  // in the order of VGKERN_ACTIVATIONS, which starts with identity
@@ -114,6 +124,8 @@ struct KernelTable {
   // The functions of simd_math.h, for tests: false where there is none of that name.
   bool (*apply_math_float)(const char* name, const float* in, float* out, int64_t count);
   bool (*apply_math_double)(const char* name, const double* in, double* out, int64_t count);
+  NormPart (*norm[kDataTypes])(const void* x, int64_t count, NormKind kind, double p);  // 1 unit
+  void (*scale[kDataTypes])(void* x, int64_t count, double factor);                     // 2 units
 };
 
 constexpr int kIdentity = 0;

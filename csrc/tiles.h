@@ -8,6 +8,7 @@
 #include "activations.h"
 #include "kernel_table.h"
 #include "math_probe.h"
+#include "norm_kernels.h"
 #include "vec.h"
 
 namespace vgkern {
@@ -733,7 +734,9 @@ constexpr KernelTable make_table(const char* name) {
           VGKERN_EACH_TYPE(to_double),
           VGKERN_EACH_TYPE(from_double),
           apply_math<float>,
-          apply_math<double>};
+          apply_math<double>,
+          VGKERN_EACH_TYPE(norm_part),
+          VGKERN_EACH_TYPE(scale_array)};
 }
 
 #undef VGKERN_ROW

@@ -103,6 +103,24 @@ def is_rows(x: Tensor) -> bool:
     return x.dim() >= 2 and (not x.is_contiguous() or math.prod(x.shape[2:]) == 1)
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether x's elements are a stretch of memory in some order: ``data_ptr()`` and ``numel()`` say all of it."""
+    if x.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def clip_factor(total: Tensor, max_norm: float) -> Tensor:
+    """What brings a norm down to ``max_norm``, 1 where it is no larger, NaN where it is NaN; as PyTorch's clipping."""
+    return (max_norm / (total + 1e-6)).clamp(max=1.0)
+
+
 def mask_geometry(x: Tensor) -> tuple[int, int]:
     """(outer, inner): x's memory as ``outer`` runs of ``inner`` elements, each with bytes of its own in the mask."""
     n, c, s = geometry(x)

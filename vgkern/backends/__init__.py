@@ -1,8 +1,15 @@
 """Which implementation of the operators runs: an ordered list of preferences that ends in the reference.
 
 A backend is a module with ``batch_norm_act_forward`` and ``batch_norm_act_backward`` (the signatures of
-``vgkern.ops``), ``unavailable() -> str | None`` (why this process cannot use it) and ``refuses(x) -> str | None``
-(why it cannot take this tensor).
+``vgkern.ops``), ``unavailable() -> str | None`` (why this process cannot use it), ``refuses(x) -> str | None``
+(why it cannot take this tensor), and two functions over lists of tensors of one device, of any dtypes that it takes:
+
+* ``gradient_norms(tensors, norm_type, max_norm=inf) -> (norms, total, factor)``, float64: (T,) and (),
+  ``(Σ|x|ᵖ)^(1/p)`` of each tensor and of all together, p > 0 or inf; and ``min(1, max_norm / (total + 1e-6))``, (). A
+  tensor without elements has norm 0. The norm of finite elements is finite, and 0 only if they are; inf and NaN
+  propagate. The host does not wait for the device.
+* ``scale_gradients_(tensors, factor) -> None``: x ← x·factor, factor a float64 scalar on the tensors' device. Where it
+  is 1 nothing is written. Autograd does not hear of the change: the caller counts up the tensors' versions.
 """
 
 from __future__ import annotations

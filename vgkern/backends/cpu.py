@@ -9,7 +9,9 @@ instruction set, which is otherwise the best that the machine has.
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -127,6 +129,36 @@ def batch_norm_act_backward(
         _DTYPE[parameter.dtype], record.data_ptr(),
     )  # fmt: skip
     return dx, dresidual, dweight, dbias, dactivation_weight, record
+
+
+def gradient_norms(
+    tensors: Sequence[Tensor], norm_type: float, max_norm: float = math.inf
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(norms, total, factor), as ``vgkern.backends`` says: 1 read of each tensor, 2 for p other than 1, 2 and inf."""
+    out = torch.empty(len(tensors) + 1, dtype=torch.float64)
+    norms, total = out[:-1], out[-1]
+    tensors = [t if t.is_contiguous() or ops.is_dense(t) else t.contiguous() for t in tensors]
+    _C.gradient_norms(*_list(tensors), norm_type, torch.get_num_threads(), norms.data_ptr(), total.data_ptr())
+    return norms, total, ops.clip_factor(total, max_norm)
+
+
+def scale_gradients_(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """x ← x·factor in place, as ``vgkern.backends`` says: one read and one write of each tensor, or nothing."""
+    value = factor.item()
+    if value == 1:
+        return
+    _C.scale_arrays(*_list([t for t in tensors if ops.is_dense(t)]), value, torch.get_num_threads())
+    for t in tensors:
+        if not ops.is_dense(t):
+            t.mul_(value)
+
+
+def _list(tensors: Sequence[Tensor]) -> tuple[list[int], list[int], list[int]]:
+    return (
+        [t.data_ptr() for t in tensors],
+        [t.numel() for t in tensors],
+        [_DTYPE[t.dtype] for t in tensors],
+    )
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -7,6 +7,7 @@ and builds that have no kernels, not for speed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -198,3 +199,29 @@ def batch_norm_act_backward(
         lambda: record,
     )
     return tuple(make() if wanted else x.new_empty((0,)) for make, wanted in zip(results, output_mask, strict=True))
+
+
+def gradient_norms(
+    tensors: Sequence[Tensor], norm_type: float, max_norm: float = math.inf
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(norms, total, factor), as ``vgkern.backends`` says. Each tensor is divided by its largest magnitude first."""
+    dtype = ops.statistics_dtype(tensors[0].device)
+    norms = torch.stack([_norm(t.detach().to(dtype), norm_type) for t in tensors])
+    total = _norm(norms, norm_type)
+    return norms, total, ops.clip_factor(total, max_norm)
+
+
+def _norm(x: Tensor, p: float) -> Tensor:
+    if x.numel() == 0:
+        return x.new_zeros(())
+    largest = x.abs().amax()
+    divisor = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    return torch.linalg.vector_norm(x / divisor, p) * divisor
+
+
+def scale_gradients_(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """x ← x·factor in place, as ``vgkern.backends`` says, except that whether to write is asked of the device."""
+    if factor.item() != 1:
+        with torch.no_grad():
+            for t in tensors:
+                t.copy_(t.to(ops.statistics_dtype(t.device)) * factor)

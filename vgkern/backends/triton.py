@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -125,3 +127,30 @@ def batch_norm_act_backward(dy, x, *args):
     results, launches = backward_launches(dy, x, *args)
     _kernels().launch(launches, x.device)
     return results
+
+
+def gradient_norms(
+    tensors: Sequence[Tensor], norm_type: float, max_norm: float = math.inf
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(norms, total, factor), as ``vgkern.backends`` says, in two launches: 1 read of each tensor."""
+    return _norms().norms([t if ops.is_dense(t) else t.contiguous() for t in tensors], norm_type, max_norm)
+
+
+def scale_gradients_(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    """x ← x·factor in place, as ``vgkern.backends`` says, in one launch: one read and one write of each tensor.
+
+    A tensor with gaps between its elements takes a launch of its own, and is written even where the factor is 1.
+    """
+    dense = [t for t in tensors if ops.is_dense(t)]
+    if dense:
+        _norms().scale_(dense, factor)
+    for t in tensors:
+        if not ops.is_dense(t):
+            t.mul_(factor)
+
+
+@functools.cache
+def _norms() -> ModuleType:
+    from ..kernels import gradient_norm
+
+    return gradient_norm

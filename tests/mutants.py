@@ -1,0 +1,321 @@
+"""``make mutants``: plant faults one at a time in a copy of the tree; each must be caught by the tests named beside it.
+
+    python -m tests.mutants [NAME ...] [--jobs N] [--list]
+
+A fault is a text of a file and what takes its place. If the text is not there exactly once, the fault is out of date
+and the run fails before it begins. A fault is caught if a test fails with it that passes without it. Exit status 1 if
+one survives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str  # arguments of pytest, the expression of -k after a |
+
+
+@dataclass(frozen=True)
+class Verdict:
+    fault: Fault
+    caught_by: str  # empty: it survived
+    seconds: float
+    trouble: str = ""  # a test that failed with the fault, and without it too
+
+
+BATCH_NORM, NORMS = "kernels/batch_norm.py", "kernels/gradient_norm.py"
+CPU, CPU_NORMS = "csrc/batch_norm.cpp", "csrc/gradient_norm.cpp"
+KERNELS = "tests/test_triton_kernels.py|many_tiles or accuracy_does or offsets_reach or halves_are or not_wanted"
+GUARDS = "tests/test_triton_traffic.py|outside"
+TRAFFIC = "tests/test_triton_traffic.py|bytes"
+RECORD = "tests/test_grad_record.py|triton and (every_field or dead_fraction or root_mean)"
+BOUNDS = "tests/test_grad_norm_bounds.py|triton and (lies_within or accept)"
+GRADIENTS = "tests/test_gradient_norms.py|triton"
+CPU_KERNELS = "tests/test_cpu_kernels.py"
+CPU_GRID = "tests/test_grid.py|cpu and float32"
+CPU_GRADIENTS = "tests/test_gradient_norms.py|cpu or threads"
+
+FAULTS = [
+    # -- Triton: memory
+    Fault("a load without its mask", BATCH_NORM,
+          "        x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(COMPUTE)\n        _activate(",
+          "        x = tl.load(x_ptr + offset).to(COMPUTE)\n        _activate(", GUARDS),
+    Fault("a store without its mask", BATCH_NORM,
+          "_store(y_ptr + offset, FORWARD(z, affine[5], ARGS), inside)",
+          "_store(y_ptr + offset, FORWARD(z, affine[5], ARGS), None)", GUARDS),
+    Fault("a channel's value read past the last channel", BATCH_NORM,
+          "tl.load(ptr + channel * STRIDE, mask=present, other=0.0)", "tl.load(ptr + channel * STRIDE)", GUARDS),
+    Fault("partial sums written past the last channel", BATCH_NORM,
+          "num_splits * row) + channel, values, mask=present)", "num_splits * row) + channel, values)", GUARDS),
+    Fault("strides of batch and channel swapped", BATCH_NORM,
+          "run = outer * num_channels + channel", "run = channel * num_outer + outer", KERNELS),
+    Fault("a row's number in 32 bits", BATCH_NORM,
+          "run = tl.cast(tile, tl.int64) * RUNS", "run = tile * RUNS", KERNELS),
+    Fault("x read where the mask suffices", BATCH_NORM,
+          '"x_ptr": x if reads_z or needs_xhat else None', '"x_ptr": x', TRAFFIC),
+    # -- Triton: forward
+    Fault("biased running variance", BATCH_NORM,
+          "rstd, squares / (channel_size - 1))", "rstd, squares / channel_size)", KERNELS),
+    Fault("a wrong count in the mean", BATCH_NORM,
+          "offset = total / channel_size", "offset = total / (channel_size + 1)", KERNELS),
+    Fault("the last split's sums skipped", BATCH_NORM,
+          "inside = (split < num_splits)[:, None] & present[None, :]\n        first_total",
+          "inside = (split < tl.maximum(num_splits - 1, 1))[:, None] & present[None, :]\n        first_total", KERNELS),
+    Fault("no epsilon", BATCH_NORM,
+          "tl.sqrt(squares / channel_size + eps)", "tl.sqrt(squares / channel_size)", KERNELS),
+    Fault("squares not taken about the mean", BATCH_NORM,
+          "squares = squares - total * offset", "squares = squares + 0.0 * offset", KERNELS),
+    Fault("a mean of one part", BATCH_NORM, "centred = (x - mean_hi) - mean_lo", "centred = x - mean_hi", KERNELS),
+    Fault("the residual added twice", BATCH_NORM,
+          "            shift = shift + residual\n", "            shift = shift + residual + residual\n", KERNELS),
+    Fault("statistics never written", BATCH_NORM,
+          "present, num_channels, split == 0\n", "present, num_channels, split < 0\n", KERNELS),
+    Fault("an infinite first element as the origin", BATCH_NORM,
+          'return tl.where(tl.abs(value) < float("inf"), value, 0.0)', "return value", "tests/test_values.py|triton"),
+    Fault("bits of the mask in reverse", BATCH_NORM,
+          "eights << tl.arange(0, 8)[None, None, :]", "eights << (7 - tl.arange(0, 8))[None, None, :]", KERNELS),
+    Fault("bfloat16 rounded half up", BATCH_NORM,
+          "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16", "(bits + 0x8000) >> 16", KERNELS),
+    # -- Triton: backward
+    Fault("no dβ/m in dx", BATCH_NORM, "d = (dz - mean_hi) - mean_lo\n", "d = dz\n", KERNELS),
+    Fault("no dγ/m in dx", BATCH_NORM, "-(centred * power) * slope", "-(centred * 0.0) * slope", KERNELS),
+    Fault("the wrong sign of dγ/m", BATCH_NORM, "-(centred * power) * slope", "(centred * power) * slope", KERNELS),
+    Fault("dγ of x and not of x̂", BATCH_NORM,
+          "_channel_sums(dz_centred, ROWS, CHANNELS) * rstd", "_channel_sums(dz_centred, ROWS, CHANNELS)", KERNELS),
+    Fault("dγ about zero and not the mean", BATCH_NORM,
+          "wide * (x.to(tl.float64) - mean)", "wide * x.to(tl.float64)", KERNELS),
+    Fault("the wrong sign of 1 − κ in the norm", BATCH_NORM,
+          "(1.0 + excess) * dz_xhat", "(1.0 - excess) * dz_xhat", RECORD),
+    Fault("elements outside the tensor counted as dead", BATCH_NORM,
+          "affine[5], ARGS) == 0) & inside", "affine[5], ARGS) == 0)", RECORD),
+    Fault("an upper bound that does not bound", BATCH_NORM,
+          "tl.where(norm > max_norm, max_norm, bound)", "tl.where(norm > max_norm, norm, bound)", BOUNDS),
+    Fault("a second launch that always writes", BATCH_NORM,
+          "last = tl.where(factor == 1.0, first, last)", "last = last", TRAFFIC),
+    # -- Triton: norms of lists
+    Fault("neighbours before a tensor counted", NORMS,
+          "mask=(place >= lead) & (place < end), other=0.0", "mask=place < end, other=0.0", GRADIENTS),
+    Fault("sums not scaled anew", NORMS, "                high *= ratio\n", "", GRADIENTS),
+    Fault("no low parts", NORMS, 'total + tl.sum(low.to(tl.float64), axis=0), total)', "total, total)", GRADIENTS),
+    Fault("NaN lost in the largest", NORMS, "nan = nan | (x != x).to(tl.int32)", "nan = nan | 0", GRADIENTS),
+    Fault("an infinite part times a scale of 0", NORMS,
+          'tl.where(part < float("inf"), part * _raise(ratio, power, KIND), part)', "part * _raise(ratio, power, KIND)",
+          GRADIENTS),
+    Fault("a factor above 1", NORMS, "tl.where(factor >= 1.0, 1.0, factor)", "factor", GRADIENTS),
+    Fault("a factor of 1 that writes", NORMS, "    if factor != 1.0:\n", "    if factor > -1.0:\n", GRADIENTS),
+    Fault("a tiny factor in float32", NORMS, "1.8446744073709552e19, 1.0)", "1.0, 1.0)", GRADIENTS),
+    # -- Python
+    Fault("a tile left out of the cut", "kernels/tuning.py",
+          "num_splits = _cdiv(num_tiles, tiles_per_split)", "num_splits = max(num_tiles // tiles_per_split, 1)",
+          "tests/test_triton_kernels.py|test_a_cut"),
+    Fault("momentum the wrong way round", "vgkern/functional.py",
+          "running_var.lerp_(var, momentum)", "running_var.lerp_(var, 1 - momentum)", "tests/test_layers.py"),
+    Fault("the gain upside down", "vgkern/gradients/record.py", "gain=input_ / output", "gain=output / input_", RECORD),
+    Fault("sums and not means over backwards", "vgkern/gradients/record.py",
+          'sums[f"grad_{name}_sq"] / backwards', 'sums[f"grad_{name}_sq"]', RECORD),
+    Fault("a negative bound accepted", "vgkern/functional.py",
+          "if not 0 <= low <= high:", "if not low <= high:", "tests/test_refusals.py tests/test_grad_norm_bounds.py"),
+    Fault("a residual in another memory format", "vgkern/functional.py",
+          "residual = residual.contiguous(memory_format=memory_format)", "residual = residual.contiguous()",
+          "tests/test_layouts.py"),
+    Fault("an expanded tensor taken for dense", "vgkern/ops.py",
+          "            if stride != expected:\n", "            if stride > expected:\n",
+          "tests/test_gradient_norms.py|dense"),
+    Fault("a biased variance in the reference", "vgkern/backends/reference.py",
+          "var * (count / (count - 1))", "var", "tests/test_grid.py|reference"),
+    # -- C++
+    Fault("biased running variance, C++", CPU, "var * (count_ / (count_ - 1.0))", "var", CPU_KERNELS),
+    Fault("the first slice skipped", CPU, "for (int64_t slice = 0; slice < grid_.slices(); ++slice) {",
+          "for (int64_t slice = grid_.slices() > 1; slice < grid_.slices(); ++slice) {", CPU_KERNELS),
+    Fault("no dβ/m in dx, C++", CPU, "-input_scale_[channel] * dbias_[channel] / count_ - mean_rest_",
+          "-mean_rest_", CPU_GRID),
+    Fault("the wrong sign of κ", CPU, "(2.0 - kappa) * dweight", "(2.0 + kappa) * dweight", CPU_KERNELS),
+    Fault("groups and slices swapped", CPU, "step.slices(unit % groups, unit / groups)",
+          "step.slices(unit / groups, unit % groups)", CPU_KERNELS),
+    Fault("a lower bound that does not bound", CPU, "std::clamp(norm, call_.min_norm, call_.max_norm)",
+          "std::min(norm, call_.max_norm)", CPU_KERNELS),
+    Fault("one slope's gradient of one channel", CPU, "    if (shared) gradient[0] = add_up(kActivationDweight);\n", "",
+          CPU_KERNELS),
+    Fault("bfloat16's exponent a bit short", CPU, "uint16_t{}, 0xff << 7", "uint16_t{}, 0x7f << 8", CPU_KERNELS),
+    Fault("a mean of one part, C++", CPU, "set_shift(channel, bias_[channel] - rest * scale)",
+          "set_shift(channel, bias_[channel])", CPU_GRID),
+    Fault("chunks of another scale merged unraised", CPU_NORMS, "std::pow(part->scale / whole.scale, p)",
+          "part->scale / whole.scale", CPU_GRADIENTS),
+    Fault("a tensor's last chunk given to the next", CPU_NORMS,
+          "(arrays[i].count + kChunkElements - 1) / kChunkElements", "arrays[i].count / kChunkElements", CPU_GRADIENTS),
+    # -- C++ headers
+    Fault("relu'(0) = 1", "csrc/activations.h",
+          "Relu : Traits<Reads::mask> {\n  explicit Relu(const double*) {}\n"
+          "  VGKERN_INLINE Vec<R> forward(Vec<R> z) const { return max(Vec<R>(0), z); }\n"
+          "  VGKERN_INLINE Mask<R> on(Vec<R> z) const { return ~(z <= Vec<R>(0)); }",
+          "Relu : Traits<Reads::mask> {\n  explicit Relu(const double*) {}\n"
+          "  VGKERN_INLINE Vec<R> forward(Vec<R> z) const { return max(Vec<R>(0), z); }\n"
+          "  VGKERN_INLINE Mask<R> on(Vec<R> z) const { return ~(z < Vec<R>(0)); }",
+          "tests/test_values.py|cpu"),
+    Fault("a leaky slope lost in the backward", "csrc/activations.h",
+          "select(on, dy, dy * slope)", "select(on, dy, dy)", CPU_GRID),
+    Fault("a tail counted as dead", "csrc/tiles.h", "d.dead[j] : d.dead[j] & at.bits()", "d.dead[j] : d.dead[j]",
+          CPU_KERNELS),
+    Fault("a tail of zeros in the statistics", "csrc/tiles.h",
+          "load_block(x, static_cast<const T*>(pass.tile.x), at, fill)",
+          "load_block(x, static_cast<const T*>(pass.tile.x), at, R(0))", CPU_KERNELS),
+    Fault("the wrong sign in dx, C++", "csrc/tiles.h", "fma(d.dz[j], scale[j], fma(deviation[j], slope[j], shift[j]))",
+          "fma(d.dz[j], scale[j], fma(deviation[j], slope[j], -shift[j]))", CPU_GRID),
+    Fault("half of each strip's squares lost", "csrc/tiles.h", "total[0] += Wide<R>(half[0] + half[1]);",
+          "total[0] += Wide<R>(half[0]);", CPU_KERNELS),
+    Fault("columns of a pair swapped in a sum", "csrc/tiles.h", "total[0] += Wide<R>(half[0]);",
+          "total[0] += Wide<R>(half[1]);", CPU_KERNELS),
+    Fault("squares that float32 does not hold", CPU, "const bool hold = squares_hold(group, slice);",
+          "const bool hold = true;", "tests/test_cpu_kernels.py|vanish"),
+    Fault("an outlier as the origin", CPU, "constexpr double kFarOutlier = 15.0 / 16.0;",
+          "constexpr double kFarOutlier = 2.0;", "tests/test_cpu_kernels.py|outliers"),
+    Fault("a bad channel that spoils its neighbours", CPU, "if (stays[i - begin])", "if (!stays[i - begin])",
+          "tests/test_cpu_kernels.py|bad_value"),
+    Fault("a tail left out of a norm", "csrc/norm_kernels.h",
+          "  if (i < count) body(kSecond, load(x + i, static_cast<int>(count - i), R(0)));\n", "", CPU_GRADIENTS),
+    Fault("NaN lost in the largest, C++", "csrc/norm_kernels.h", "    nan[chain] = nan[chain] | is_nan(v);\n", "",
+          CPU_GRADIENTS),
+]  # fmt: skip
+
+
+# -- copies of the tree ------------------------------------------------------------------------------------------------
+
+
+def copy_tree(target: Path) -> None:
+    """What git tracks or would, the built extension with its object files, and `kernels` under its installed name."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+    for extension in (ROOT / "vgkern").glob("_C.*"):
+        shutil.copy2(extension, target / "vgkern")
+    # An editable install says where vgkern.kernels is; this comes before it.
+    (target / "vgkern/kernels").symlink_to("../kernels")
+
+
+def build(tree: Path) -> None:
+    """Compile what is out of date, into object files that later copies start from."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    if done.returncode or "error" in done.stderr.lower():
+        raise RuntimeError(f"the extension does not build:\n{done.stderr[-3000:]}")
+
+
+def rebuild(tree: Path, file: str) -> None:
+    """The extension after a fault in ``file``; of a header, only the instruction set that is used is compiled anew."""
+    source = tree / file
+    if source.suffix == ".h":
+        from vgkern.backends import cpu
+
+        os.utime(source, (0, 0))  # older than any object file
+        for compiled in (tree / "build").rglob(f"isa/{cpu.available_isas()[0]}.o"):
+            compiled.unlink()
+    else:
+        os.utime(source)
+    build(tree)
+
+
+def pytest(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-x", "-v", "--no-header", "-p", "no:cacheprovider", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=1200, check=False)
+
+
+def first_failure(done: subprocess.CompletedProcess[str]) -> str:
+    """The test that failed, or in which the process died; empty if all passed."""
+    if done.returncode == 0:
+        return ""
+    if done.returncode > 0:
+        found = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    else:
+        found = re.findall(r"^(tests/\S+::.+?)(?: [A-Z]+ +\[ *\d+%\])?\s*$", done.stdout, re.MULTILINE)[-1:]
+    if not found:
+        raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return found[0]
+
+
+def plant(fault: Fault, pristine: Path, folder: Path) -> Verdict:
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        tree = Path(name, "tree")
+        shutil.copytree(pristine, tree, symlinks=True)
+        path = tree / fault.file
+        path.write_text(path.read_text().replace(fault.old, fault.new))
+        if fault.file.startswith("csrc/"):
+            rebuild(tree, fault.file)
+        paths, _, expression = fault.tests.partition("|")
+        failed = first_failure(pytest(tree, *paths.split(), *(["-k", expression] if expression else [])))
+        if failed and first_failure(pytest(pristine, failed)):
+            return Verdict(fault, "", time.monotonic() - begin, failed)
+        return Verdict(fault, failed, time.monotonic() - begin)
+
+
+def out_of_date(faults: list[Fault]) -> list[str]:
+    """The faults whose text is not in its file exactly once, and names that stand twice."""
+    wrong = []
+    for fault in faults:
+        times = (ROOT / fault.file).read_text().count(fault.old)
+        if times != 1:
+            wrong.append(f"{fault.name}: its text stands {times} times in {fault.file}")
+        if fault.old == fault.new:
+            wrong.append(f"{fault.name}: changes nothing")
+    names = [fault.name for fault in FAULTS]
+    return wrong + sorted({f"{name}: stands twice" for name in names if names.count(name) > 1})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description="Plant faults; tests must catch them.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="faults whose name contains one of these; all if none")
+    parser.add_argument("--jobs", type=int, default=2, help="how many at a time (default: 2)")
+    parser.add_argument("--list", action="store_true", help="name the faults and plant none")
+    args = parser.parse_args(arguments)
+    faults = [f for f in FAULTS if not args.names or any(name in f.name for name in args.names)]
+    if wrong := out_of_date(faults):
+        print("\n".join(wrong), file=sys.stderr)
+        return 1
+    if args.list or not faults:
+        print("\n".join(f"{fault.name}: {fault.file}; {fault.tests}" for fault in faults) or "no such fault")
+        return 0 if faults else 1
+
+    survived = []
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(args.jobs) as pool:
+        folder = Path(name)
+        pristine = folder / "pristine"
+        copy_tree(pristine)
+        if any(fault.file.startswith("csrc/") for fault in faults):
+            build(pristine)
+        for verdict in pool.map(lambda fault: plant(fault, pristine, folder), faults):
+            outcome = f"caught by {verdict.caught_by}" if verdict.caught_by else "SURVIVED"
+            if verdict.trouble:
+                outcome = f"UNKNOWN: {verdict.trouble} fails without it as well"
+            print(f"{verdict.fault.name} ({verdict.fault.file}): {outcome}, {verdict.seconds:.0f} s", flush=True)
+            if not verdict.caught_by:
+                survived.append(verdict.fault.name)
+    print(f"{len(faults) - len(survived)} of {len(faults)} caught")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
