@@ -80,6 +80,25 @@ void backward(bool rows, int64_t batch, int64_t channels, int64_t spatial, int d
   batch_norm_act_backward(kernels(), call);
 }
 
+// running ← (1 − momentum)·running + momentum·batch for the mean and the unbiased variance, both (C,) of the given type,
+// from statistics of (3, C): in float64 and rounded once, from whichever end is the nearer, as torch.lerp.
+void update_running_statistics(Pointer statistics, int64_t channels, double momentum, int dtype, Pointer running_mean,
+                               Pointer running_var) {
+  const KernelTable& table = kernels();
+  const double* batch_mean = to<const double>(statistics);
+  std::vector<double> values(channels);
+  const auto update = [&](Pointer running, const double* batch) {
+    table.to_double[dtype](to<const void>(running), values.data(), channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      const double difference = batch[c] - values[c];
+      values[c] = momentum < 0.5 ? values[c] + momentum * difference : batch[c] - (1.0 - momentum) * difference;
+    }
+    table.from_double[dtype](values.data(), to<void>(running), channels);
+  };
+  update(running_mean, batch_mean);
+  update(running_var, batch_mean + 2 * channels);
+}
+
 void apply_math(const std::string& name, Pointer in, Pointer out, int64_t count, bool is_double) {
   const KernelTable& table = kernels();
   const bool known = is_double ? table.apply_math_double(name.c_str(), to<const double>(in), to<double>(out), count)
@@ -104,6 +123,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("batch_norm_act_forward", &forward, py::call_guard<py::gil_scoped_release>());
   m.def("batch_norm_act_backward", &backward, py::call_guard<py::gil_scoped_release>());
+
+  m.def("update_running_statistics", &update_running_statistics);
 
   m.def("dtype_names", [] { return std::vector<std::string>{"float32", "float64", "bfloat16", "float16"}; },
         "Names of the types in the order of their codes.");

@@ -1,8 +1,9 @@
 """Which implementation of the operators runs: an ordered list of preferences that ends in the reference.
 
-A backend is a module with ``batch_norm_act_forward`` and ``batch_norm_act_backward`` (the signatures of
-``vgkern.ops``), ``unavailable() -> str | None`` (why this process cannot use it) and ``refuses(x) -> str | None``
-(why it cannot take this tensor).
+A backend is a module with ``batch_norm_act_forward`` and ``batch_norm_act_backward`` (the signatures of ``vgkern.ops``;
+what is not made or not wanted is an empty tensor or None), ``update_running_statistics(running_mean, running_var,
+statistics, momentum)`` (in place), ``unavailable() -> str | None`` (why this process cannot use it) and
+``refuses(x) -> str | None`` (why it cannot take this tensor).
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from . import reference
 
 try:
     from .. import _C
@@ -58,7 +59,6 @@ def available_isas() -> list[str]:
 
 
 def _address(t: Tensor | None) -> int:
-    # An empty tensor, which stands for an output that is not wanted, has the address 0.
     return 0 if t is None else t.data_ptr()
 
 
@@ -67,10 +67,10 @@ def _code(*tensors: Tensor | None) -> int:
     return next((_DTYPE[t.dtype] for t in tensors if t is not None), 0)
 
 
-def _common(x, residual, weight, bias, activation_weight, training, eps, activation, activation_args):
+def _common(layout, x, residual, weight, bias, activation_weight, training, eps, activation, activation_args):
     """The arguments with which both functions of the extension begin."""
     return (
-        ops.is_rows(x), *ops.geometry(x), _DTYPE[x.dtype], torch.get_num_threads(),
+        *layout, _DTYPE[x.dtype], torch.get_num_threads(),
         training, eps, _ACTIVATION[activation], activation_args,
         x.data_ptr(), _address(residual),
         _address(weight), _address(bias), _code(weight, bias),
@@ -83,21 +83,21 @@ def batch_norm_act_forward(
     x, residual, weight, bias, running_mean, running_var, activation_weight,
     training, eps, activation, activation_args, save_mask,
 ):  # fmt: skip
+    layout = rows, n, c, s = ops.layout(x)
     y = torch.empty_like(x)
-    has_statistics = training or running_mean is not None
-    statistics = x.new_empty((3, x.shape[1]) if has_statistics else (0,), dtype=torch.float64)
-    mask_shape = (0,)
+    statistics = mask = None
+    if training or running_mean is not None:
+        statistics = x.new_empty((3, c), dtype=torch.float64)
     if save_mask and ops.needs_mask(activation, residual is not None):
-        outer, inner = ops.mask_geometry(x)
-        mask_shape = (outer, (inner + 7) // 8)
-    mask = x.new_empty(mask_shape, dtype=torch.uint8)
+        outer, inner = (n * s, c) if rows else (n * c, s)
+        mask = x.new_empty((outer, (inner + 7) // 8), dtype=torch.uint8)
     weight, bias, running_mean, running_var, activation_weight = _contiguous(
         weight, bias, running_mean, running_var, activation_weight
     )
     _C.batch_norm_act_forward(
-        *_common(x, residual, weight, bias, activation_weight, training, eps, activation, activation_args),
+        *_common(layout, x, residual, weight, bias, activation_weight, training, eps, activation, activation_args),
         _address(running_mean), _address(running_var), _code(running_mean, running_var),
-        y.data_ptr(), statistics.data_ptr(), mask.data_ptr(),
+        y.data_ptr(), _address(statistics), _address(mask),
     )  # fmt: skip
     return y, statistics, mask
 
@@ -107,26 +107,33 @@ def batch_norm_act_backward(
     training, eps, activation, activation_args, min_norm, max_norm, output_mask,
 ):  # fmt: skip
     want_dx, want_dresidual, want_dweight, want_dbias, want_dactivation_weight, want_record = output_mask
-
-    def none() -> Tensor:  # each its own: outputs of an operator must not alias
-        return x.new_empty((0,))
-
+    layout = _, _, channels, _ = ops.layout(x)
     parameter = weight if weight is not None else bias if bias is not None else x
-    channels = ops.geometry(x)[1]
-    dx = torch.empty_like(x) if want_dx else none()
-    dresidual = torch.empty_like(x) if want_dresidual else none()
-    dweight = parameter.new_empty((channels,)) if want_dweight else none()
-    dbias = parameter.new_empty((channels,)) if want_dbias else none()
-    dactivation_weight = torch.empty_like(activation_weight) if want_dactivation_weight else none()
-    record = x.new_empty((len(ops.RECORD_FIELDS),), dtype=torch.float64) if want_record else none()
+    dx = torch.empty_like(x) if want_dx else None
+    dresidual = torch.empty_like(x) if want_dresidual else None
+    dweight = parameter.new_empty((channels,)) if want_dweight else None
+    dbias = parameter.new_empty((channels,)) if want_dbias else None
+    dactivation_weight = torch.empty_like(activation_weight) if want_dactivation_weight else None
+    record = x.new_empty((len(ops.RECORD_FIELDS),), dtype=torch.float64) if want_record else None
     weight, bias, activation_weight, statistics = _contiguous(weight, bias, activation_weight, statistics)
     _C.batch_norm_act_backward(
-        *_common(x, residual, weight, bias, activation_weight, training, eps, activation, activation_args),
+        *_common(layout, x, residual, weight, bias, activation_weight, training, eps, activation, activation_args),
         dy.data_ptr(), _address(mask), _address(statistics), min_norm, max_norm,
-        dx.data_ptr(), dresidual.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), dactivation_weight.data_ptr(),
-        _DTYPE[parameter.dtype], record.data_ptr(),
+        _address(dx), _address(dresidual), _address(dweight), _address(dbias), _address(dactivation_weight),
+        _DTYPE[parameter.dtype], _address(record),
     )  # fmt: skip
     return dx, dresidual, dweight, dbias, dactivation_weight, record
+
+
+def update_running_statistics(running_mean, running_var, statistics, momentum):
+    if isinstance(momentum, Tensor) or not (running_mean.is_contiguous() and running_var.is_contiguous()):
+        return reference.update_running_statistics(running_mean, running_var, statistics, momentum)
+    _C.update_running_statistics(
+        statistics.data_ptr(), running_mean.numel(), momentum, _DTYPE[running_mean.dtype],
+        running_mean.data_ptr(), running_var.data_ptr(),
+    )  # fmt: skip
+    # What an operation of PyTorch does by itself: autograd must notice where it saved the values of before.
+    torch.autograd.graph.increment_version((running_mean, running_var))
 
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

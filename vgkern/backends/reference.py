@@ -179,6 +179,16 @@ def batch_norm_act_forward(
     return torch.empty_like(x).copy_(y), statistics, mask
 
 
+def update_running_statistics(
+    running_mean: Tensor, running_var: Tensor, statistics: Tensor, momentum: float | Tensor
+) -> None:
+    mean, _, var = statistics.to(running_mean.dtype).unbind()
+    if isinstance(momentum, Tensor):
+        momentum = momentum.to(running_mean.dtype)
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_(var, momentum)
+
+
 def batch_norm_act_backward(
     dy, x, residual, mask, statistics, weight, bias, activation_weight,
     training, eps, activation, activation_args, min_norm, max_norm, output_mask,
