@@ -8,6 +8,7 @@ that the three agree. Adding an activation means adding one row to each of the t
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ class Activation:
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     learnable: bool = False
 
-    @property
+    @functools.cached_property
     def backward_reads(self) -> str:
         """``"nothing"``, ``"mask"`` (one bit an element) or ``"z"`` (the pre-activation, recomputed)."""
         if self.name == "identity":

@@ -74,7 +74,7 @@ class _BatchNormAct(GradRecordMixin, ActivationMixin, _NormBase):
         if running_mean is None or (training and not tracked):
             running_mean = running_var = None
         activation, activation_weight = self.activation, self.activation_weight
-        momentum: float | Tensor | None = self.momentum
+        momentum = self.momentum
         direct = ops.check_all(
             input, residual, activation, activation_weight, running_mean, running_var, weight, bias, uses_batch,
             0.0 if momentum is None else momentum, self.eps,
@@ -85,14 +85,12 @@ class _BatchNormAct(GradRecordMixin, ActivationMixin, _NormBase):
             running_mean, running_var, uses_batch, self.eps, activation, self._bounds, direct,
         )  # fmt: skip
         # State changes last: whatever raises above leaves the layer as it was.
-        if training and tracked and num_batches_tracked is not None:
-            num_batches_tracked.add_(1)
-            if momentum is None:  # the cumulative average; tensor arithmetic, which compiles and runs on meta
-                momentum = num_batches_tracked.to(ops.statistics_dtype(input.device)).reciprocal()
-        if training and running_mean is not None and running_var is not None and input.numel() > 0:
-            functional.update_running_statistics(
-                running_mean, running_var, statistics, 0.0 if momentum is None else momentum, direct
-            )
+        if training:
+            counter = num_batches_tracked if tracked else None
+            if running_mean is not None and running_var is not None and input.numel() > 0:
+                functional.update_running_statistics(running_mean, running_var, counter, statistics, momentum, direct)
+            elif counter is not None:
+                counter.add_(1)
         return y
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
