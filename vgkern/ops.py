@@ -282,7 +282,7 @@ def _is_common(input, residual, spec, activation_weight, per_channel, training, 
         return False
     if activation_weight is not None or spec.row.learnable:
         return False
-    channels = shape[1:2]
+    channels = (shape[1],)
     for t in per_channel:
         if t is not None and (t.dtype is not dtype or t.shape != channels):
             return False
