@@ -14,7 +14,7 @@ test: $(VENV)/.built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
 
 bench: $(VENV)/.built
-	$(BIN)/python -m benchmarks micro --layout contiguous channels_last --dtype float32 bfloat16
+	$(BIN)/python -m benchmarks micro standard --dtype float32 bfloat16 --layout contiguous channels_last
 
 lint: $(VENV)/.linters
 	$(BIN)/ruff format --check .

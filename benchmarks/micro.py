@@ -1,4 +1,4 @@
-"""``python -m benchmarks micro``: the fused layer against PyTorch's three operations, forward and backward.
+"""``python -m benchmarks micro``: the fused layer against PyTorch, forward and backward, and against the memory.
 
 Each configuration is first checked against float64 autograd; a wrong one is reported and not timed.
 """
@@ -6,179 +6,182 @@ Each configuration is first checked against float64 autograd; a wrong one is rep
 from __future__ import annotations
 
 import argparse
-import csv
-import itertools
-import math
-import platform
+import contextlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import vgkern
-from vgkern.testing import compare, format_rows
 
-from .timing import Timing, interleave
+from . import environment, figure, floor, report, tcmalloc
+from .competitors import COMPETITORS, Contest, compiler_cache, measure
+from .console import console, progress, rounds
+from .floor import FORMATS
+from .report import Result
+from .shapes import SETS, Configuration, Shape, Site, configurations
 
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
-class Configuration:
-    """One row: a layer with its input, as vgkern and as eager PyTorch."""
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        dtype: str,
-        layout: str,
-        activation: str,
-        residual: bool,
-        training: bool,
-        device: str,
-    ) -> None:
-        self.labels = {
-            "shape": "x".join(map(str, shape)), "dtype": dtype, "layout": layout, "activation": activation,
-            "residual": residual, "training": training,
-        }  # fmt: skip
-        self.training = training
-        generator = torch.Generator().manual_seed(0)
-
-        def normal() -> Tensor:
-            x = torch.randn(shape, generator=generator).to(device, getattr(torch, dtype))
-            return x.contiguous(memory_format=FORMATS[layout])
-
-        self.layer = vgkern.nn.BatchNormAct2d(shape[1], activation=activation).to(device, getattr(torch, dtype))
-        self.layer.train(training)
-        self.x = normal().requires_grad_()
-        self.residual = normal().requires_grad_() if residual else None
-        self.dy = normal()
-
-    def fused(self) -> Tensor:
-        return self.layer(self.x, self.residual)
-
-    def eager(self) -> Tensor:
-        layer = self.layer
-        y = F.batch_norm(
-            self.x, layer.running_mean, layer.running_var, layer.weight, layer.bias, self.training, 0.1, layer.eps
-        )
-        if self.residual is not None:
-            y = y + self.residual
-        spec, weight = layer.activation, layer.activation_weight
-        return spec.row.reference(y, *spec.args, *(() if weight is None else (weight,)))
-
-    def inputs(self) -> list[Tensor]:
-        candidates = (self.x, self.residual, *self.layer.parameters())
-        return [tensor for tensor in candidates if tensor is not None]
-
-    def backward(self, forward: Callable[[], Tensor]) -> Callable[[], object]:
-        y, inputs = forward(), self.inputs()
-        return lambda: torch.autograd.grad(y, inputs, self.dy, retain_graph=True)
-
-    def wrong(self) -> str:
-        """Empty if the layer is right on this input, else the rows that say why not."""
-        rows = compare(self.layer, self.x.detach(), None if self.residual is None else self.residual.detach())
-        return "" if all(row.ok for row in rows) else format_rows(rows)
-
-
-def time_configuration(configuration: Configuration, rounds: int, device: str) -> dict[str, dict[str, Timing]]:
-    """{"forward" | "backward": {"vgkern" | "eager": Timing}}"""
-    variants = {"vgkern": configuration.fused, "eager": configuration.eager}
-    forward = interleave(variants, rounds=rounds, device=device)
-    backward = interleave(
-        {name: configuration.backward(run) for name, run in variants.items()}, rounds=rounds, device=device
-    )
-    return {"forward": forward, "backward": backward}
-
-
 def run(args: argparse.Namespace) -> int:
+    if bool(args.shapes) != (args.set == "custom"):
+        args.error("shapes N,C,H,W follow the set `custom`, which needs at least one, and no other")
     if args.threads:
         torch.set_num_threads(args.threads)
-    print(
-        f"torch {torch.__version__}, vgkern {vgkern.__version__} ({vgkern.backends.name_of(args.device)}), "
-        f"{torch.get_num_threads()} threads, {platform.machine()}; medians of {args.rounds} interleaved rounds, in ms"
-    )
-    header = (
-        f"{'shape':>16} {'dtype':9}{'layout':14}{'activation':12}{'pass':9}{'eager':>9}{'vgkern':>9}{'speed-up':>9}"
-    )
-    print(header)
-    rows: list[dict[str, Any]] = []
-    failed = False
-    for dtype, layout, activation in itertools.product(args.dtype, args.layout, args.activation):
-        configuration = Configuration(
-            args.shape, dtype, layout, activation, not args.no_residual, not args.eval, args.device
+    sites = [Site(shape) for shape in args.shapes] if args.set == "custom" else SETS[args.set]
+    todo = list(
+        configurations(
+            sites, args.dtype, args.layout, args.activation, residual=not args.no_residual, training=not args.eval
         )
-        wrong = configuration.wrong()
-        if wrong:
-            failed = True
-            print(f"{configuration.labels} is wrong and is not timed:\n{wrong}", file=sys.stderr)
-            continue
-        for direction, timings in time_configuration(configuration, args.rounds, args.device).items():
-            rows.append(_row(configuration, direction, timings, args))
-            row = rows[-1]
-            print(
-                f"{row['shape']:>16} {dtype:9}{layout:14}{activation:12}{direction:9}"
-                f"{row['eager_ms']:9.2f}{row['vgkern_ms']:9.2f}{row['speedup']:8.2f}x",
-                flush=True,
-            )
-    for direction in ("forward", "backward"):
-        speedups = [row["speedup"] for row in rows if row["pass"] == direction]
-        if speedups:
-            mean = math.exp(math.fsum(map(math.log, speedups)) / len(speedups))
-            print(f"{direction}: geometric mean {mean:.2f}x, lowest {min(speedups):.2f}x over {len(speedups)} rows")
-    if args.csv and rows:
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        print(f"wrote {args.csv}")
-    return 1 if failed else 0
+    )
+    args.out.mkdir(parents=True, exist_ok=True)  # before the minutes of timing, not after them
+    described = environment.describe(args.device)
+    out = console(sys.stdout)
+    out.print(environment.summary(described))
+
+    roof = floor.measure_roof(args.device)
+    results, wrong, interrupted = _results(todo, args)
+    if roof and not interrupted:
+        roof = roof.best_of(floor.measure_roof(args.device))
+    if results:
+        _write(results, roof, described, args)
+    if interrupted:
+        return 130
+    return 1 if wrong else 0
 
 
-def _row(
-    configuration: Configuration, direction: str, timings: dict[str, Timing], args: argparse.Namespace
-) -> dict[str, Any]:
-    """A row that says all about itself: read alone, it still means something."""
-    row: dict[str, Any] = {**configuration.labels, "pass": direction}
-    for name, timing in timings.items():
-        first, third = timing.quartiles
-        row |= {f"{name}_ms": timing.median * 1e3, f"{name}_q1_ms": first * 1e3, f"{name}_q3_ms": third * 1e3}
-    row["speedup"] = timings["vgkern"].speedup_over(timings["eager"])
-    return row | {
-        "device": args.device, "backend": vgkern.backends.name_of(args.device), "threads": torch.get_num_threads(),
-        "rounds": args.rounds, "torch": torch.__version__, "vgkern": vgkern.__version__,
-    }  # fmt: skip
+def _results(todo: list[Configuration], args: argparse.Namespace) -> tuple[list[Result], int, bool]:
+    """What was measured, how many configurations were wrong, and whether Ctrl-C ended it early."""
+    results: list[Result] = []
+    wrong = 0
+    here = [name for name in args.competitors if name != "tcmalloc"]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(compiler_cache())
+        worker = _worker(args, stack) if "tcmalloc" in args.competitors else None
+        bar = stack.enter_context(progress(len(todo)))
+        try:
+            for configuration in todo:
+                bar.now(f"{configuration}: checking")
+                contest = Contest(configuration, args.device, record=args.record != "off")
+                errors = contest.wrong()
+                if errors:
+                    wrong += 1
+                    print(f"{configuration} is wrong and is not timed:\n{errors}", file=sys.stderr)
+                    bar.done()
+                    continue
+                bar.now(f"{configuration}: timing{', compiling first' if 'compile' in here else ''}")
+                timings = measure(contest, here, args.rounds, compare_record=args.record == "compare")
+                del contest  # its tensors, before the child makes its own
+                if worker:
+                    bar.now(f"{configuration}: timing under tcmalloc")
+                    try:
+                        for direction, more in worker.measure(configuration).items():
+                            timings[direction] |= more
+                    except tcmalloc.WorkerError as error:
+                        _say_without_tcmalloc(error)
+                        worker = None
+                results.append(Result(configuration, timings))
+                bar.done()
+        except KeyboardInterrupt:
+            return results, wrong, True
+    return results, wrong, False
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    sizes = tuple(int(size) for size in text.split(","))
-    if len(sizes) != 4 or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"expected N,C,H,W, got {text!r}")
-    return sizes
+def _worker(args: argparse.Namespace, stack: contextlib.ExitStack) -> tcmalloc.Worker | None:
+    """The child under tcmalloc, or None and a line that says why there is none."""
+    if torch.device(args.device).type != "cpu":
+        return None  # it allocates no memory of another device
+    library = tcmalloc.find_library()
+    if library is None:
+        print(tcmalloc.MISSING, file=sys.stderr)
+        return None
+    try:
+        worker = tcmalloc.Worker(
+            library,
+            threads=torch.get_num_threads(),
+            rounds=args.rounds,
+            device=args.device,
+            record=args.record != "off",
+        )
+    except tcmalloc.WorkerError as error:
+        _say_without_tcmalloc(error)
+        return None
+    return stack.enter_context(worker)
+
+
+def _say_without_tcmalloc(error: tcmalloc.WorkerError) -> None:
+    print(f"eager is not measured under tcmalloc: {error}", file=sys.stderr)
+
+
+def _write(results: list[Result], roof: floor.Roof | None, described: dict[str, Any], args: argparse.Namespace) -> None:
+    out = console(sys.stdout)
+    for table in report.tables(results, roof):
+        out.print(table)
+    out.print(
+        f"Medians of {args.rounds} interleaved rounds; N x: that many times vgkern's time (under tcmalloc: vgkern's "
+        "there), median of the rounds' ratios." + (_floor_note(roof) if roof else "")
+    )  # fmt: skip
+    for line in report.conclusions(results, roof):
+        out.print(line)
+    rows = report.rows(results, roof, record=args.record, environment=described)
+    report.write_csv(rows, args.out / "micro.csv")
+    figure.save(results, roof, environment.summary(described), args.out / "micro.png")
+    out.print(f"wrote {args.out / 'micro.csv'} and {args.out / 'micro.png'}")
+
+
+def _floor_note(roof: floor.Roof) -> str:
+    size, rate = roof.points[-1]
+    return (
+        " Floor: the share of vgkern's time that the memory needs for one pass, at the bandwidth of a = b + k·c over "
+        f"as many bytes, measured before and after ({rate / 1e9:.1f} GB/s at {size >> 20} MiB)."
+    )
+
+
+def _shape(text: str) -> Shape:
+    try:
+        batch, channels, height, width = (int(size) for size in text.split(","))
+        if min(batch, channels, height, width) < 1:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected N,C,H,W, got {text!r}") from None
+    return batch, channels, height, width
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "micro",
-        help="time the fused layer against eager PyTorch",
-        description="Time act(batch_norm(x) + residual), fused against eager PyTorch: checked first, then interleaved.",
+        help="time the fused layer against PyTorch and against the memory",
+        description="Time act(batch_norm(x) + residual), fused and otherwise: checked first, then interleaved. Writes "
+        "micro.csv and micro.png, a roofline.",
+        epilog="Exit status: 0, 1 if a layer was wrong, 2 for an error, 130 after Ctrl-C, which keeps what is done.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.set_defaults(run=run)
-    parser.add_argument("--shape", type=_shape, default=(32, 64, 56, 56), metavar="N,C,H,W", help="of the input")
+    parser.set_defaults(run=run, error=parser.error)
+    parser.add_argument(
+        "set", nargs="?", choices=(*SETS, "custom"), default="standard",
+        help="standard: seven shapes in and out of cache; resnet50: every batch norm of the net at batch 32, with a "
+        "step's total; small: a CIFAR ResNet's, and one smaller; custom: those that follow",
+    )  # fmt: skip
+    parser.add_argument("shapes", nargs="*", type=_shape, metavar="N,C,H,W", help="shapes of a custom set")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="data and parameters")
     parser.add_argument("--layout", nargs="+", choices=tuple(FORMATS), default=["contiguous"], help="memory format")
     parser.add_argument(
         "--activation", nargs="+", choices=vgkern.activations.names(), default=["relu"], metavar="NAME",
         help=f"among {', '.join(vgkern.activations.names())}",
     )  # fmt: skip
+    parser.add_argument(
+        "--competitors", nargs="*", choices=tuple(COMPETITORS), default=list(COMPETITORS),
+        help="; ".join(f"{name}: {competitor.help}" for name, competitor in COMPETITORS.items()),
+    )  # fmt: skip
     parser.add_argument("--no-residual", action="store_true", help="act(batch_norm(x)) alone")
     parser.add_argument("--eval", action="store_true", help="running statistics instead of the batch's")
-    parser.add_argument("--rounds", type=int, default=20, help="rounds in which each variant runs once")
+    parser.add_argument(
+        "--record", choices=("on", "off", "compare"), default="on",
+        help="the gradient record; compare: also time vgkern with it against vgkern without it",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=rounds, default=20, help="rounds in which each variant runs once")
     parser.add_argument("--threads", type=int, help="torch.set_num_threads; PyTorch's own choice if not given")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--csv", type=Path, help="write the rows, with quartiles and versions, to this file")
+    parser.add_argument("--out", type=Path, default=Path("bench-out"), help="folder for what is written")

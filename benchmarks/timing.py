@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,10 @@ class Timing:
         """Median of other/self, round by round: a machine whose speed drifts slows both alike."""
         return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
 
+    def __add__(self, other: Timing) -> Timing:
+        """Both, one after the other: round by round."""
+        return Timing(tuple(a + b for a, b in zip(self.seconds, other.seconds, strict=True)))
+
 
 def interleave(
     variants: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 3, device: str = "cpu"
@@ -46,6 +51,11 @@ def interleave(
             if turn >= warmup:
                 seconds[name].append(elapsed)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    logarithms = [math.log(value) for value in values]
+    return math.exp(math.fsum(logarithms) / len(logarithms))
 
 
 def _synchronize(device: str) -> None:

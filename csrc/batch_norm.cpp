@@ -2,9 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <fstream>
 #include <functional>
 #include <limits>
 #include <memory>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #include "parallel.h"
 
@@ -23,31 +28,36 @@ int64_t item_size(DataType dtype) { return dtype == kFloat64 ? 8 : dtype == kFlo
 constexpr int64_t kSliceElements = 32768;
 // A channel has at most this many slices, so that the sums of a huge tensor stay small.
 constexpr int64_t kMaxSlices = 256;
-// Across channels: rows of a tile, which is walked once for each vector of channels. Sums are loaded and stored once a
-// tile; the more rows, the fewer of those and the further the walk is from one that the hardware prefetches.
-constexpr int64_t kTileRows = 8;
+// Planes: what is read in one go, if planes are small: those of several channels, as they lie side by side.
+constexpr int64_t kStretchBytes = 4096;
 // Across channels: channels of a group. Sums take 56 bytes a channel and slice, so slices of few rows must be narrow.
 constexpr int64_t kGroupChannels = 256;
-// Across channels: what a group's x may take to still lie in the L2 cache when its second pass begins.
+// What a group's x may take to still lie in the L2 cache when its second pass begins.
 constexpr int64_t kGroupBytes = 512 * 1024;
+// What dz of a group may take, kept between its two passes.
+constexpr int64_t kMaxKeptBytes = 2 * 1024 * 1024;
 
 // Cuts x into groups of channels and each group into slices; depends on the shape and the type only.
 //
-// Planes: a group is one channel; a slice is some planes of it, or a part of one. Rows: a group is some columns, a slice
-// some rows.
+// Planes: a group is one channel, or a few; a slice is some planes of each, or a part of one plane. Rows: a group is
+// some columns, a slice some rows.
 class Grid {
  public:
   Grid(const Shape& shape, DataType dtype) : shape_(shape) {
+    const int64_t size = item_size(dtype);
     if (shape.rows) {
       height_ = shape.batch * shape.spatial;
       group_ = std::min(shape.channels, kGroupChannels);
       extent_ = std::max(ceil_div(kSliceElements, group_), ceil_div(height_, kMaxSlices));
       slices_ = ceil_div(height_, extent_);
-      fits_cache_ = height_ * group_ * item_size(dtype) <= kGroupBytes;
+      fits_cache_ = height_ * group_ * size <= kGroupBytes;
     } else {
       height_ = shape.batch;
-      group_ = 1;
-      const int64_t elements = std::max(kSliceElements, ceil_div(shape.batch * shape.spatial, kMaxSlices));
+      const int64_t plane_bytes = shape.spatial * size;
+      const int64_t together = std::min(kStretchBytes / plane_bytes, kGroupBytes / (shape.batch * plane_bytes));
+      group_ = std::clamp<int64_t>(together, 1, std::min<int64_t>(shape.channels, kTileChannels));
+      const int64_t elements =
+          std::max(kSliceElements / group_, ceil_div(shape.batch * shape.spatial, kMaxSlices));  // of a channel
       part_ = round_up(ceil_div(shape.spatial, ceil_div(shape.spatial, elements)), kChannelPadding);
       parts_ = ceil_div(shape.spatial, part_);
       extent_ = std::max<int64_t>(1, elements / shape.spatial);
@@ -74,35 +84,48 @@ class Grid {
     return slices_ == 1 || (fits_cache_ && balanced);
   }
 
-  // Calls run(tile) for the tiles of a slice. `tile` has all but its geometry.
-  template <class Run>
-  void for_each_tile(Tile tile, int64_t group, int64_t slice, Run run) const {
+  // Elements of a slice, its stretches padded to whole vectors: what a tile's dz of it takes.
+  int64_t padded_slice() const {
+    return shape_.rows ? extent_ * round_up(group_, kChannelPadding)
+                       : extent_ * group_ * round_up(std::min(part_, shape_.spatial), kChannelPadding);
+  }
+
+  // Whether every whole vector of every tile starts at a multiple of its size, if the tensor does.
+  bool aligned(DataType dtype) const {
+    const int64_t lanes = dtype == kFloat64 ? 8 : 16;
+    return (shape_.rows ? shape_.channels : shape_.spatial) % lanes == 0;
+  }
+
+  // The tile that a slice is; `tile` has all but its geometry.
+  Tile place(Tile tile, int64_t group, int64_t slice) const {
+    const int64_t channel = first_channel(group), channels = end_channel(group) - channel;
+    tile.across = shape_.rows;
     if (!shape_.rows) {
       const int64_t part = slice % parts_, plane = slice / parts_ * extent_;
       const int64_t mask_bytes = ceil_div(shape_.spatial, 8);
-      const int64_t first = plane * shape_.channels + group;
-      tile.across = false;
-      tile.width = std::min(part_, shape_.spatial - part * part_);
+      const int64_t first = plane * shape_.channels + channel;
       tile.runs = std::min(extent_, height_ - plane);
+      tile.channels = channels;
+      tile.width = std::min(part_, shape_.spatial - part * part_);
       tile.stride = shape_.channels * shape_.spatial;
+      tile.channel_stride = shape_.spatial;
       tile.offset = first * shape_.spatial + part * part_;
       tile.mask_stride = shape_.channels * mask_bytes;
+      tile.mask_channel_stride = mask_bytes;
       tile.mask_offset = first * mask_bytes + part * part_ / 8;
-      run(tile);
-      return;
+      return tile;
     }
-    const int64_t channel = first_channel(group);
     const int64_t begin = slice * extent_, end = std::min(height_, begin + extent_);
-    tile.across = true;
-    tile.width = end_channel(group) - channel;
+    tile.runs = end - begin;
+    tile.channels = 1;
+    tile.width = channels;
     tile.stride = shape_.channels;
+    tile.channel_stride = 0;
+    tile.offset = begin * tile.stride + channel;
     tile.mask_stride = ceil_div(shape_.channels, 8);
-    for (int64_t row = begin; row < end; row += kTileRows) {
-      tile.runs = std::min(kTileRows, end - row);
-      tile.offset = row * tile.stride + channel;
-      tile.mask_offset = row * tile.mask_stride + channel / 8;
-      run(tile);
-    }
+    tile.mask_channel_stride = 0;
+    tile.mask_offset = begin * tile.mask_stride + channel / 8;
+    return tile;
   }
 
  private:
@@ -116,12 +139,28 @@ class Grid {
 
 // One step of a computation: first over the channels [begin, end), then over the slices of every group; either may be
 // empty. A step that follows another in reverse starts in what that one left in cache; within a slice every walk is
-// forward, as the hardware prefetches.
+// forward, as the hardware prefetches. `kept` is memory of the thread's that holds dz of the group from one step to the
+// next, or null where a step is finished for all groups before the next begins.
 struct Step {
   std::function<void(int64_t begin, int64_t end)> channels;
-  std::function<void(int64_t group, int64_t slice)> slices;
+  std::function<void(int64_t group, int64_t slice, char* kept)> slices;
   bool reverse = false;
 };
+
+// The last level of cache, as Linux gives it (glibc's sysconf answered 320 MiB for 32 on a virtual machine), or a
+// guess. Only speed depends on it.
+int64_t cache_bytes() {
+  std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");  // "32768K"
+  int64_t kibibytes = 0;
+  return file >> kibibytes && kibibytes > 0 ? kibibytes * 1024 : int64_t{32} << 20;
+}
+
+// Ends what was streamed before another thread may read it.
+void fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 
 // ---- What both directions share ------------------------------------------------------------------------------------
 
@@ -141,7 +180,7 @@ class Operation {
     base_.x = call.x;
     base_.residual = call.residual;
     base_.activation_args = call.activation_args.data();
-    base_.channel_stride = channel_stride_;
+    base_.padded_channels = channel_stride_;
     const Rows slope = read(call.activation_weight, call.activation_weight_size, 0.0);
     for (int64_t c = 0; c < channels_; ++c) set(kActivationWeight, c, slope[call.activation_weight_size == 1 ? 0 : c]);
   }
@@ -171,8 +210,8 @@ class Operation {
   }
 
   // z = (x − mean)·weight·rstd + bias, from (x − pivot). Where |mean| is at most four deviations the pivot is 0, as
-  // x − 0 is exact; else it is the mean in R, and x − pivot is exact where x is close to it. A constant channel is its own
-  // pivot: z is then the bias to the bit. `var` is NaN where rstd alone is known. Returns mean − pivot.
+  // x − 0 is exact; else it is the mean in R, and x − pivot is exact where x is close to it. A constant channel is its
+  // own pivot: z is then the bias to the bit. `var` is NaN where rstd alone is known. Returns mean − pivot.
   double set_normalisation(int64_t channel, double mean, double rstd, double var) {
     const double spread = std::isnan(var) ? 1.0 / (rstd * rstd) : var;
     const double pivot = mean * mean <= 16.0 * spread ? 0.0 : round(mean);
@@ -194,8 +233,8 @@ class Operation {
   // To the type of arithmetic.
   double round(double value) const { return common_.dtype == kFloat64 ? value : static_cast<float>(value); }
 
-  // The scale rounded towards zero and its remainder. They agree in sign and the remainder is not 0 unless the scale is,
-  // so that an infinite x gives an infinite z; what stands in for a remainder of 0 is too small to change any z.
+  // The scale rounded towards zero and its remainder. They agree in sign and the remainder is not 0 unless the scale
+  // is, so that an infinite x gives an infinite z; what stands in for a remainder of 0 is too small to change any z.
   void set_scale(int64_t channel, double scale) {
     double high = round(scale);
     if (std::abs(high) > std::abs(scale)) high = std::nextafter(static_cast<float>(high), 0.0f);
@@ -216,23 +255,44 @@ class Operation {
     return reinterpret_cast<const char*>(parameters_.get()) + channel * size;
   }
 
-  void run_tiles(TileFunction function, Tile tile, int64_t group, int64_t slice) const {
-    tile.parameters = parameters_of(grid_.first_channel(group));
-    grid_.for_each_tile(tile, group, slice, function);
+  // Whether outputs are better written past the caches: where these cannot hold them beside what is read.
+  bool streams(std::initializer_list<const void*> inputs, std::initializer_list<const void*> outputs) const {
+    static const int64_t cache = cache_bytes();
+    const int64_t bytes =
+        common_.shape.batch * common_.shape.channels * common_.shape.spatial * item_size(common_.dtype);
+    int64_t tensors = 0;
+    for (const auto& pointers : {inputs, outputs})
+      tensors += std::count_if(pointers.begin(), pointers.end(), [](const void* p) { return p; });
+    return bytes * tensors > cache && grid_.aligned(common_.dtype) &&
+           std::all_of(outputs.begin(), outputs.end(),
+                       [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; });
   }
 
-  // Runs steps in order. Either a thread takes a group through all of them, or all threads share each step.
-  void run(const std::vector<Step>& steps) const {
+  int64_t opmath_size() const { return common_.dtype == kFloat64 ? sizeof(double) : sizeof(float); }
+
+  void run_tile(TileFunction function, Tile tile, int64_t group, int64_t slice) const {
+    tile.parameters = parameters_of(grid_.first_channel(group));
+    function(grid_.place(tile, group, slice));
+  }
+
+  // Runs steps in order. Either a thread takes a group through all of them, with `kept_bytes` a slice to keep something
+  // in, or all threads share each step.
+  void run(const std::vector<Step>& steps, int64_t kept_bytes = 0) const {
     const int64_t groups = grid_.groups(), slices = grid_.slices(), cost = grid_.slice_elements();
     if (grid_.by_groups(common_.threads)) {
       parallel_ranges(common_.threads, groups, cost * slices, [&](int64_t begin, int64_t end) {
+        const std::unique_ptr<char[]> kept(kept_bytes ? new char[kept_bytes * slices] : nullptr);
         for (int64_t group = begin; group < end; ++group) {
           for (const Step& step : steps) {
             if (step.channels) step.channels(grid_.first_channel(group), grid_.end_channel(group));
             if (!step.slices) continue;
-            for (int64_t i = 0; i < slices; ++i) step.slices(group, step.reverse ? slices - 1 - i : i);
+            for (int64_t i = 0; i < slices; ++i) {
+              const int64_t slice = step.reverse ? slices - 1 - i : i;
+              step.slices(group, slice, kept ? kept.get() + kept_bytes * slice : nullptr);
+            }
           }
         }
+        if (base_.streams) fence();
       });
       return;
     }
@@ -242,8 +302,9 @@ class Operation {
       parallel_ranges(common_.threads, groups * slices, cost, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t unit = step.reverse ? begin + end - 1 - i : i;
-          step.slices(unit % groups, unit / groups);
+          step.slices(unit % groups, unit / groups, nullptr);
         }
+        if (base_.streams) fence();
       });
     }
   }
@@ -290,6 +351,33 @@ class Sums {
     }
   }
 
+  // Has rows [0, last) of a slice made again by make_again() if they are not good(channel) in some of its channels. In
+  // the others they stay: what one channel holds is not to show in another's last bits.
+  template <class Good, class MakeAgain>
+  void mend(int64_t group, int64_t slice, int last, Good good, MakeAgain make_again) {
+    const int64_t begin = grid_.first_channel(group), end = grid_.end_channel(group);
+    std::vector<double> kept;
+    for (int64_t c = begin; c < end; ++c) {
+      if (good(c)) continue;
+      for (int row = 0; row < last; ++row) {
+        for (int64_t i = begin; i < end; ++i) kept.push_back(good(i) ? part(slice, row, i) : 0.0);
+      }
+      std::vector<char> stays;
+      for (int64_t i = begin; i < end; ++i) stays.push_back(good(i));
+      make_again();
+      for (int row = 0; row < last; ++row) {
+        for (int64_t i = begin; i < end; ++i) {
+          if (stays[i - begin]) parts_[(slice * rows_ + row) * stride_ + i] = kept[row * (end - begin) + i - begin];
+        }
+      }
+      return;
+    }
+  }
+
+  double part(int64_t slice, int row, int64_t channel) const {
+    return parts_[(slice * rows_ + row) * stride_ + channel];
+  }
+
   double total(int row, int64_t channel) const { return totals_[row * stride_ + channel]; }
 
  private:
@@ -299,6 +387,10 @@ class Sums {
   const std::unique_ptr<double[]> parts_, totals_;
 };
 
+// The share of the mean square that the squared mean of x − pivot may take before x is measured from another pivot: at
+// 15/16, four bits of var are lost.
+constexpr double kFarOutlier = 15.0 / 16.0;
+
 // ---- Forward -------------------------------------------------------------------------------------------------------
 
 class ForwardPass : Operation {
@@ -306,12 +398,13 @@ class ForwardPass : Operation {
   ForwardPass(const KernelTable& table, const Forward& call) : Operation(table, call), call_(call) {
     base_.y = call.y;
     base_.saved_mask = call.saved_mask;
+    base_.streams = streams({call.x, call.residual}, {call.y});
     base_.normalises = call.statistics;
   }
 
   void operator()() {
-    const auto write = [this](int64_t group, int64_t slice) {
-      run_tiles(kernels_.forward[call_.dtype], base_, group, slice);
+    const auto write = [this](int64_t group, int64_t slice, char*) {
+      run_tile(kernels_.forward[call_.dtype], base_, group, slice);
     };
     if (!call_.training) {
       call_.statistics ? use_running_statistics() : use_no_statistics();
@@ -322,9 +415,35 @@ class ForwardPass : Operation {
     const Rows shift = allocate(1);
     const auto start = [&](int64_t begin, int64_t end) { set_shift(shift.get(), begin, end); };
     const auto measure = [&](int64_t group, int64_t slice) {
-      Tile tile = base_;
-      tile.sums = sums.start(group, slice, 0, 2);
-      run_tiles(table_.statistics[call_.dtype], tile, group, slice);
+      const auto run = [&](const TileFunction* functions) {
+        Tile tile = base_;
+        tile.sums = sums.start(group, slice, 0, 2);
+        run_tile(functions[call_.dtype], tile, group, slice);
+      };
+      run(table_.statistics);
+      sums.mend(
+          group, slice, 2, [&](int64_t c) { return std::isfinite(sums.part(slice, kDeviationSquares, c)); },
+          [&] { run(table_.statistics_wide); });
+    };
+    const auto measure_all = [&](int64_t group, int64_t slice, char*) { measure(group, slice); };
+    // A second time, from the mean itself, where var would be a small difference of large numbers: the first element
+    // was an outlier. In float64 always, which is the accuracy that its users ask for.
+    std::vector<char> again(channels_, 0);
+    const auto restart = [&](int64_t begin, int64_t end) {
+      sums.merge(begin, end, 0, 2);
+      for (int64_t c = begin; c < end; ++c) {
+        const double offset = sums.total(kDeviation, c) / count_, square = sums.total(kDeviationSquares, c) / count_;
+        again[c] = call_.dtype == kFloat64 || (offset * offset > kFarOutlier * square && square > 0.0);
+        if (!again[c]) continue;
+        shift[c] = round(shift[c] + offset);
+        set(kPivot, c, shift[c]);
+      }
+    };
+    const auto measure_again = [&](int64_t group, int64_t slice, char*) {
+      const int64_t begin = grid_.first_channel(group), end = grid_.end_channel(group);
+      if (std::any_of(again.begin() + begin, again.begin() + end, [](char far) { return far != 0; })) {
+        measure(group, slice);
+      }
     };
     const auto settle = [&](int64_t begin, int64_t end) {
       sums.merge(begin, end, 0, 2);
@@ -332,19 +451,7 @@ class ForwardPass : Operation {
         settle_statistics(c, shift[c], sums.total(kDeviation, c), sums.total(kDeviationSquares, c));
       }
     };
-    // float64 measures a second time, from the mean itself, so that nothing cancels in var.
-    const auto restart = [&](int64_t begin, int64_t end) {
-      sums.merge(begin, end, 0, 1);
-      for (int64_t c = begin; c < end; ++c) {
-        shift[c] += sums.total(kDeviation, c) / count_;
-        set(kPivot, c, shift[c]);
-      }
-    };
-    if (call_.dtype == kFloat64) {
-      run({{start, measure}, {restart, measure}, {settle, write, true}});
-    } else {
-      run({{start, measure}, {settle, write, true}});
-    }
+    run({{start, measure_all}, {restart, measure_again}, {settle, write, true}});
   }
 
  private:
@@ -448,6 +555,7 @@ class BackwardPass : Operation {
     base_.dy = call.dy;
     base_.mask = call.mask;
     base_.record = call.record;
+    base_.streams = streams({call.x, call.residual, call.dy}, {call.dx, call.dresidual});
     base_.normalises = call.statistics;
     base_.dx_factor = 1.0;
     // Frozen statistics, z known from the mask, γ without a gradient: nothing reads x.
@@ -458,15 +566,17 @@ class BackwardPass : Operation {
 
   void operator()() {
     for (int64_t c = 0; c < channels_; ++c) set_channel(c);
-    const auto reduce_all = [this](int64_t group, int64_t slice) { reduce(group, slice, call_.dresidual); };
-    const auto apply_all = [this](int64_t group, int64_t slice) { apply(group, slice); };
+    const auto reduce_all = [this](int64_t group, int64_t slice, char* kept) {
+      reduce(group, slice, call_.dresidual, kept);
+    };
+    const auto apply_all = [this](int64_t group, int64_t slice, char* kept) { apply(group, slice, kept); };
     const auto settle_norms_of = [this](int64_t begin, int64_t end) { settle_norms(begin, end); };
     const auto settle = [&](int64_t begin, int64_t end) {
       sums_.merge(begin, end, 0, kDxSquares);
       for (int64_t c = begin; c < end; ++c) settle_channel(c);
     };
     if (batch_mode_ && call_.dx) {
-      run({{nullptr, reduce_all}, {settle, apply_all, true}, {settle_norms_of, nullptr}});
+      run({{nullptr, reduce_all}, {settle, apply_all, true}, {settle_norms_of, nullptr}}, kept_bytes());
     } else {
       run({{nullptr, reduce_all}, {settle, nullptr}});
     }
@@ -497,17 +607,55 @@ class BackwardPass : Operation {
     set(kInputShift, channel, -input_scale_[channel] * dbias_[channel] / count_ - mean_rest_[channel] * slope);
   }
 
-  // Sums; and, with frozen statistics, dx.
-  void reduce(int64_t group, int64_t slice, void* dresidual) {
-    Tile tile = base_;
-    tile.sums = sums_.start(group, slice, 0, kDxSquares);
-    tile.dresidual = dresidual;
-    if (!batch_mode_) tile.dx = call_.dx;
-    run_tiles(kernels_.reduce[call_.dtype], tile, group, slice);
+  // Of a slice's dz, if it is to be kept for the second pass: where it costs more to make than to read again.
+  int64_t kept_bytes() const {
+    const int64_t bytes = grid_.padded_slice() * opmath_size();
+    return base_.residual && !call_.mask && bytes * grid_.slices() <= kMaxKeptBytes ? bytes : 0;
   }
 
-  // dx, from dz as it was written where that is exact, else from dy again.
-  void apply(int64_t group, int64_t slice) {
+  // Sums; and, with frozen statistics, dx.
+  void reduce(int64_t group, int64_t slice, void* dresidual, char* kept) {
+    Tile tile = base_;
+    tile.dresidual = dresidual;
+    tile.dz = kept;
+    if (!batch_mode_) tile.dx = call_.dx;
+    const auto run = [&](const TileFunction* functions) {
+      tile.sums = sums_.start(group, slice, 0, kDxSquares);
+      run_tile(functions[call_.dtype], tile, group, slice);
+    };
+    run(kernels_.reduce);
+    if (call_.dtype == kFloat64) return;
+    const bool hold = squares_hold(group, slice);
+    sums_.mend(
+        group, slice, kDxSquares, [&](int64_t c) { return hold && finite(slice, c); },
+        [&] { run(kernels_.reduce_wide); });
+  }
+
+  bool finite(int64_t slice, int64_t c) const {
+    return std::isfinite(sums_.part(slice, kDzDeviation, c) + sums_.part(slice, kDzSquares, c) +
+                         sums_.part(slice, kDySquares, c) + sums_.part(slice, kActivationDweight, c));
+  }
+
+  // Whether the squares in a slice's sums are those of numbers whose squares float32 holds. One that underflows takes
+  // less than 2⁻¹²⁵ from a sum, and is missed only beside others that are as small: in Σdz², in Σdy², or in ‖dx‖².
+  bool squares_hold(int64_t group, int64_t slice) const {
+    const double lost = 0x1p-125 * static_cast<double>(grid_.slice_elements());
+    double dz = 0.0, dx = 0.0, dy = 0.0, largest = 0.0;
+    for (int64_t c = grid_.first_channel(group); c < grid_.end_channel(group); ++c) {
+      if (!finite(slice, c)) continue;
+      const double squares = sums_.part(slice, kDzSquares, c), scale = input_scale_[c] * input_scale_[c];
+      dz += squares;
+      dx += scale * squares;
+      dy += sums_.part(slice, kDySquares, c);
+      largest = std::max(largest, scale);
+    }
+    constexpr double kNegligible = 0x1p-26;
+    return lost <= kNegligible * dz && lost * largest <= kNegligible * dx &&
+           (!call_.record || lost <= kNegligible * dy);
+  }
+
+  // dx, from dz as it was kept or written where that is exact, else from dy again.
+  void apply(int64_t group, int64_t slice, char* kept) {
     Tile tile = base_;
     tile.dx = call_.dx;
     const int64_t begin = grid_.first_channel(group), end = grid_.end_channel(group);
@@ -515,11 +663,13 @@ class BackwardPass : Operation {
         std::any_of(cancels_.begin() + begin, cancels_.begin() + end, [](char cancels) { return cancels != 0; });
     if (any_cancels) tile.sums = sums_.start(group, slice, kDxSquares, kSums);
     const ActivationKernels* kernels = &kernels_;
-    if (call_.dresidual && item_size(call_.dtype) >= 4) {
+    if (kept) {
+      tile.dz = kept;
+    } else if (call_.dresidual && !call_.mask && item_size(call_.dtype) >= 4) {
       kernels = &table_.activations[kIdentity];
       tile.dy = call_.dresidual;
     }
-    run_tiles(kernels->apply[call_.dtype], tile, group, slice);
+    run_tile(kernels->apply[call_.dtype], tile, group, slice);
   }
 
   // dγ, dβ, what dx takes from them, and ‖dx‖² in closed form.
@@ -549,8 +699,8 @@ class BackwardPass : Operation {
     }
   }
 
-  // Brings ‖dx‖ into its bounds, where it is not, by the pass that wrote dx once more, with a factor: a half-precision dx
-  // is rounded once. Returns ‖dx‖² as it is handed on.
+  // Brings ‖dx‖ into its bounds, where it is not, by the pass that wrote dx once more, with a factor: a half-precision
+  // dx is rounded once. Returns ‖dx‖² as it is handed on.
   double bound(double squares) {
     const double norm = std::sqrt(squares);
     if (!bounded_ || !(norm > 0.0) || !std::isfinite(norm)) return squares;
@@ -558,8 +708,8 @@ class BackwardPass : Operation {
     if (base_.dx_factor == 1.0) return squares;
     if (call_.dx) {
       std::fill(cancels_.begin(), cancels_.end(), 0);  // the norm is known
-      run({{nullptr, [this](int64_t group, int64_t slice) {
-              batch_mode_ ? apply(group, slice) : reduce(group, slice, nullptr);
+      run({{nullptr, [this](int64_t group, int64_t slice, char*) {
+              batch_mode_ ? apply(group, slice, nullptr) : reduce(group, slice, nullptr, nullptr);
             }}});
     }
     return squares * base_.dx_factor * base_.dx_factor;
@@ -613,8 +763,7 @@ class BackwardPass : Operation {
     const Rows gradient = allocate(1);
     for (int64_t c = 0; c < channels_; ++c) gradient[c] = sums_.total(kActivationDweight, c);
     if (shared) gradient[0] = add_up(kActivationDweight);
-    table_.from_double[call_.activation_weight.dtype](gradient.get(), call_.dactivation_weight,
-                                                      shared ? 1 : channels_);
+    table_.from_double[call_.activation_weight.dtype](gradient.get(), call_.dactivation_weight, shared ? 1 : channels_);
   }
 
   const Backward& call_;

@@ -2,8 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bandwidth.h"
 #include "batch_norm.h"
 #include "dispatch.h"
+#include "memory_pool.h"
 #include "parallel.h"
 
 namespace py = pybind11;
@@ -123,6 +125,24 @@ std::vector<std::string> activation_names() {
   return names;
 }
 
+// A DLPack capsule, or None where the pool has no memory. Whoever takes the tensor over renames the capsule.
+py::object pool_tensor(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
+                       std::pair<uint8_t, uint8_t> code_and_bits) {
+  constexpr auto kName = "dltensor";
+  DLManagedTensor* tensor = make_tensor(shape, strides, {code_and_bits.first, code_and_bits.second, 1});
+  if (tensor == nullptr) return py::none();
+  return py::capsule(tensor, kName, [](PyObject* capsule) {
+    if (!PyCapsule_IsValid(capsule, kName)) return;
+    auto* unused = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, kName));
+    unused->deleter(unused);
+  });
+}
+
+py::tuple pool_stats() {
+  const MemoryStatistics s = memory_statistics();
+  return py::make_tuple(s.in_use, s.idle, s.peak, s.limit, s.hits, s.misses);
+}
+
 }  // namespace
 }  // namespace vgkern
 
@@ -181,12 +201,23 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("update_running_statistics", &update_running_statistics);
 
-  m.def("dtype_names", [] { return std::vector<std::string>{"float32", "float64", "bfloat16", "float16"}; },
-        "Names of the types in the order of their codes.");
+  m.def(
+      "dtype_names", [] { return std::vector<std::string>{"float32", "float64", "bfloat16", "float16"}; },
+      "Names of the types in the order of their codes.");
   m.def("activation_names", &activation_names, "Names of the activations in the order of their codes.");
   m.def("available_isas", &available_isas, "Instruction sets that this machine runs, the best first.");
   m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");
   m.def("apply_math", &apply_math, py::arg("name"), py::arg("in_ptr"), py::arg("out_ptr"), py::arg("n"),
-        py::arg("is_double"), "A function of csrc/simd_math.h over an array, in the instruction set in use; for tests.");
+        py::arg("is_double"),
+        "A function of csrc/simd_math.h over an array, in the instruction set in use; for tests.");
+  m.def("pool_tensor", &pool_tensor, py::arg("shape"), py::arg("strides"), py::arg("code_and_bits"),
+        "DLPack capsule of an uninitialised dense tensor in memory of the pool; None where there is none.");
+  m.def("pool_stats", &pool_stats, "The fields of vgkern.memory.MemoryStats, in order.");
+  m.def("pool_set_limit", &set_memory_limit, py::arg("bytes"));
+  m.def("pool_empty", &return_idle_memory);
+  m.def(
+      "measure_bandwidth", &measure_bandwidth, py::arg("bytes"), py::arg("threads"), py::arg("streaming"),
+      py::call_guard<py::gil_scoped_release>(),
+      "Bytes a second of a = b + k·c over `bytes` in all, with stores that bypass the caches or not; for benchmarks.");
   m.def("use_isa", &use_isa, py::arg("name"), "Switch the whole process to an instruction set; ValueError if unknown.");
 }

@@ -23,9 +23,7 @@ const InstructionSet kInstructionSets[] = {
      },
      avx512_kernels},
     {"avx2",
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-     },
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
      avx2_kernels},
 #endif
     {"baseline", [] { return true; }, baseline_kernels},

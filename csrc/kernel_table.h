@@ -20,8 +20,8 @@ constexpr int64_t kChannelPadding = 16;
 //     dx = (dz·input_scale + (d·input_slope + input_shift))·dx_factor
 //
 // The pivot is a number of type R at which x is not large against its deviation: the subtraction then loses nothing,
-// and what the exact mean differs by is in the shifts. With their low parts scale and shift are good to float64 where R is
-// float: an error of half a unit in the last place would be that of every element, and add up in dweight and dbias.
+// and what the exact mean differs by is in the shifts. With their low parts scale and shift are good to float64 where R
+// is float: an error of half a unit in the last place would be that of every element, and add up in dweight and dbias.
 enum Parameter : int {
   kPivot,  // also the value from which the statistics measure
   kScale,
@@ -43,20 +43,22 @@ enum Sum : int {
   kDzDeviation,  // dz·(x − pivot)
   kDzSquares,
   kDySquares,
-  kDead,              // elements with φ'(z) = 0; where channels lie across, each vector's count is in its first channel
-  kActivationDweight, // z·dy where not z > 0
-  kDxSquares,         // made by the pass that writes dx, where it is asked for
+  kDead,  // elements with φ'(z) = 0; where channels lie across, each vector's count is in its first channel
+  kActivationDweight,  // z·dy where not z > 0
+  kDxSquares,          // made by the pass that writes dx, where it is asked for
   kSums
 };
 
-// `runs` stretches of `width` elements each, `stride` elements apart, the first at `offset`.
+// A part of x that one call works on: a stretch of `width` elements for each run and channel, or, where channels lie
+// across (rows), for each run alone.
 //
-// The whole tile is of one channel (contiguous planes), or channels lie across it (rows): then element i of every run is
-// of channel i. `parameters` and `sums` point at the tile's first channel; their rows are `channel_stride` apart.
-// Sums are added to. Null pointers stand for what is absent or not wanted.
+// Not across: element `offset + run·stride + channel·channel_stride` begins the stretch of a channel. Across: element i
+// of every run is of channel i, and `channels` is 1. `parameters` and `sums` point at the tile's first channel; their
+// rows are `padded_channels` apart. Sums are added to. Null pointers stand for what is absent or not wanted.
 struct Tile {
-  int64_t offset, width, runs, stride;
-  int64_t mask_offset, mask_stride;  // bytes; a run's bits start a byte of their own
+  int64_t runs, channels, width;
+  int64_t offset, stride, channel_stride;
+  int64_t mask_offset, mask_stride, mask_channel_stride;  // bytes; a stretch's bits start a byte of their own
   bool across;
 
   const void* x;
@@ -68,27 +70,36 @@ struct Tile {
   void* dresidual;
   uint8_t* saved_mask;
 
-  const void* parameters;  // R[kParameters][channel_stride]
-  double* sums;            // [kSums][channel_stride]
-  int64_t channel_stride;
+  const void* parameters;  // R[kParameters][padded_channels]
+  double* sums;            // [kSums][padded_channels]
+  int64_t padded_channels;
+  void* dz;  // R: what reduce leaves there for apply, as it walks; stretches are padded to whole vectors
   const double* activation_args;
   double dx_factor;  // what brings the norm of dx into its bounds; else 1
   bool normalises;   // or else z is x + residual to the bit, and the low parts play no part
   bool record;       // whether dy² and dead elements are counted
+  bool streams;      // whether y, dx and dresidual are written past the caches; only where every vector is aligned
 };
 
+// Channels of a tile that is not across, at most.
+constexpr int kTileChannels = 16;
 using TileFunction = void (*)(const Tile&);
 
 // One activation's inner kernels, indexed by DataType. Units: one read or write of a tensor of x's size.
 //
 //     forward    y (and saved_mask) from x and residual                               2 … 3 + 1/32 units
-//     reduce     sums from dy and z, z from x and residual, or from mask; writes dresidual = dz, and dx = input_scale·dz
+//     reduce     sums from dy and z, z from x and residual, or from mask; writes dresidual = dz, and dx =
+//     input_scale·dz
 //                where asked for (frozen statistics)                                  2 … 5
 //     apply      dx from dy and z; kDxSquares where `sums` is given                   3 … 4
+//
+// Sums over a few vectors are made in R and added up in float64. Where R is float, squares may underflow or overflow in
+// that: the driver sees it in the sums and has them made again by reduce_wide, in float64 throughout.
 struct ActivationKernels {
   const char* name;
   TileFunction forward[kDataTypes];
   TileFunction reduce[kDataTypes];
+  TileFunction reduce_wide[kDataTypes];
   TileFunction apply[kDataTypes];
 };
 
@@ -97,6 +108,7 @@ struct KernelTable {
   const ActivationKernels* activations;  // in the order of VGKERN_ACTIVATIONS, which starts with identity
   int num_activations;
   TileFunction statistics[kDataTypes];  // kDeviation, kDeviationSquares from x; 1 unit
+  TileFunction statistics_wide[kDataTypes];
   void (*to_double[kDataTypes])(const void* source, double* target, int64_t count);
   void (*from_double[kDataTypes])(const double* source, void* target, int64_t count);
   // The functions of simd_math.h, for tests: false where there is none of that name.

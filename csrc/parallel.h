@@ -1,4 +1,5 @@
-// OpenMP threads, where the compiler has them. torch brings the same runtime, so its threads are the ones that run here.
+// OpenMP threads, where the compiler has them. torch brings the same runtime, so its threads are the ones that run
+// here.
 #pragma once
 
 #include <cstdint>

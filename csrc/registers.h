@@ -3,7 +3,7 @@
 // The including translation unit's compiler flags choose the instruction set: AVX-512 (F, BW, DQ, VL), AVX2 with FMA
 // and F16C, SSE2, NEON, or plain vector extensions on any other machine. Each set fills in the same short list:
 //
-//     fma  sqrt  min  max  blend  movemask  widen_low  widen_high  narrow  load_u16  store_u16
+//     fma  sqrt  min  max  blend  movemask  widen_low  widen_high  narrow  load_u16  store_u16  stream  stream_u16
 //
 // Everything lives in an anonymous namespace: the same names mean other instructions in each translation unit.
 #pragma once
@@ -79,6 +79,8 @@ template <> struct RegisterOf<int64_t> { using type = I64; using unsigned_type =
 // widen_low, widen_high: the halves of a float register as doubles; narrow: the way back, rounded to nearest even.
 // scale(a, n) = a·2ⁿ for integral n, rounded once; AVX-512 only.
 // load_u16: as many uint16 as a float register has lanes, zero-extended; store_u16: the way back, truncated.
+// stream, stream_u16: a store past the caches, to an address that is a multiple of what is stored. An ordinary one
+// where there is none of that width.
 
 #if VGKERN_AVX512
 
@@ -105,6 +107,11 @@ VGKERN_INLINE I32 load_u16(const uint16_t* p) {
 VGKERN_INLINE void store_u16(uint16_t* p, I32 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)a));
 }
+VGKERN_INLINE void stream_u16(uint16_t* p, I32 a) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)a));
+}
+VGKERN_INLINE void stream(float* p, F32 a) { _mm512_stream_ps(p, a); }
+VGKERN_INLINE void stream(double* p, F64 a) { _mm512_stream_pd(p, a); }
 
 #elif VGKERN_AVX2
 
@@ -126,11 +133,14 @@ VGKERN_INLINE F32 narrow(F64 low, F64 high) { return _mm256_set_m128(_mm256_cvtp
 VGKERN_INLINE I32 load_u16(const uint16_t* p) {
   return (I32)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
-VGKERN_INLINE void store_u16(uint16_t* p, I32 a) {
+VGKERN_INLINE __m128i pack_u16(I32 a) {
   const __m256i low_bits = (__m256i)(a & 0xffff);
-  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(low_bits), _mm256_extracti128_si256(low_bits, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+  return _mm_packus_epi32(_mm256_castsi256_si128(low_bits), _mm256_extracti128_si256(low_bits, 1));
 }
+VGKERN_INLINE void store_u16(uint16_t* p, I32 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), pack_u16(a)); }
+VGKERN_INLINE void stream_u16(uint16_t* p, I32 a) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), pack_u16(a)); }
+VGKERN_INLINE void stream(float* p, F32 a) { _mm256_stream_ps(p, a); }
+VGKERN_INLINE void stream(double* p, F64 a) { _mm256_stream_pd(p, a); }
 
 #else
 
@@ -161,6 +171,9 @@ VGKERN_INLINE void store_u16(uint16_t* p, I32 a) {
   const __m128i extended = _mm_srai_epi32(_mm_slli_epi32((__m128i)a, 16), 16);
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(extended, extended));
 }
+VGKERN_INLINE void stream_u16(uint16_t* p, I32 a) { store_u16(p, a); }
+VGKERN_INLINE void stream(float* p, F32 a) { _mm_stream_ps(p, a); }
+VGKERN_INLINE void stream(double* p, F64 a) { _mm_stream_pd(p, a); }
 
 #else
 
@@ -200,6 +213,9 @@ VGKERN_INLINE I32 load_u16(const uint16_t* p) { return I32{p[0], p[1], p[2], p[3
 VGKERN_INLINE void store_u16(uint16_t* p, I32 a) {
   for (int i = 0; i < 4; ++i) p[i] = static_cast<uint16_t>(a[i]);
 }
+VGKERN_INLINE void stream_u16(uint16_t* p, I32 a) { store_u16(p, a); }
+VGKERN_INLINE void stream(float* p, F32 a) { std::memcpy(p, &a, sizeof a); }
+VGKERN_INLINE void stream(double* p, F64 a) { std::memcpy(p, &a, sizeof a); }
 
 #endif
 #endif

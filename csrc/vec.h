@@ -23,7 +23,7 @@ template <class R>
 constexpr int kLanes = 64 / static_cast<int>(sizeof(R));
 
 template <class F, int... I>
-VGKERN_INLINE void unroll(F f, std::integer_sequence<int, I...>) {
+VGKERN_INLINE void unroll([[maybe_unused]] F f, std::integer_sequence<int, I...>) {
   (f(std::integral_constant<int, I>{}), ...);
 }
 
@@ -314,11 +314,18 @@ VGKERN_INLINE Mask<R> first_lanes(int n) {
 
 // A bit a lane from and to memory; ⌈lanes / 8⌉ bytes are touched.
 VGKERN_INLINE unsigned load_bits(const uint8_t* p, int lanes) {
-  return lanes > 8 ? p[0] | static_cast<unsigned>(p[1]) << 8 : p[0];
+  if (lanes <= 8) return p[0];
+  uint16_t both;
+  std::memcpy(&both, p, 2);
+  return both;
 }
 VGKERN_INLINE void store_bits(uint8_t* p, unsigned bits, int lanes) {
-  p[0] = static_cast<uint8_t>(bits);
-  if (lanes > 8) p[1] = static_cast<uint8_t>(bits >> 8);
+  if (lanes > 8) {
+    const uint16_t both = static_cast<uint16_t>(bits);
+    std::memcpy(p, &both, 2);
+  } else {
+    p[0] = static_cast<uint8_t>(bits);
+  }
 }
 
 // ---- Memory --------------------------------------------------------------------------------------------------------
@@ -347,6 +354,13 @@ template <class R>
 VGKERN_INLINE void store(R* p, Vec<R> v) {
   unroll<kParts>([&](auto i) VGKERN_LAMBDA { reinterpret_cast<Unaligned<R>*>(p)[i].reg = v.reg[i]; });
 }
+// Past the caches, to an address that is a multiple of the vector's size in memory. A fence has to follow before
+// another thread reads.
+template <class R>
+VGKERN_INLINE void stream(R* p, Vec<R> v) {
+  constexpr int kRegisterLanes = kLanes<R> / kParts;
+  unroll<kParts>([&](auto i) VGKERN_LAMBDA { stream(p + i * kRegisterLanes, v.reg[i]); });
+}
 
 VGKERN_INLINE IntVec<float> load_halves(const uint16_t* p) {
   return each<IntVec<float>>([&](auto i) VGKERN_LAMBDA { return load_u16(p + i * (16 / kParts)); });
@@ -354,15 +368,42 @@ VGKERN_INLINE IntVec<float> load_halves(const uint16_t* p) {
 VGKERN_INLINE void store_halves(uint16_t* p, IntVec<float> v) {
   unroll<kParts>([&](auto i) VGKERN_LAMBDA { store_u16(p + i * (16 / kParts), v.reg[i]); });
 }
+VGKERN_INLINE void stream_halves(uint16_t* p, IntVec<float> v) {
+  unroll<kParts>([&](auto i) VGKERN_LAMBDA { stream_u16(p + i * (16 / kParts), v.reg[i]); });
+}
+
+#if VGKERN_AVX512
+// Thirty-two int16, element i being value(i).
+template <class F>
+VGKERN_INLINE auto lanes_of_halves(F value) {
+  typedef int16_t I16 __attribute__((vector_size(64)));
+  I16 v{};
+  unroll<32>([&](auto i) VGKERN_LAMBDA { v[int{i}] = static_cast<int16_t>(value(i)); });
+  return v;
+}
+#endif
 
 // The upper half of a float.
 VGKERN_INLINE Vec<float> load(const bfloat16* p) { return as_real<float>(load_halves(&p->bits) << 16); }
-// To the nearest, ties to even; NaN is made quiet, since its payload may lie in the half that is cut off.
-VGKERN_INLINE void store(bfloat16* p, Vec<float> v) {
+// To the nearest, ties to even, in the upper half; NaN is made quiet, since its payload may lie in the half that is cut
+// off.
+VGKERN_INLINE IntVec<float> round_to_bfloat16(Vec<float> v) {
+#if VGKERN_AVX512
+  return each<IntVec<float>>([&](auto i) VGKERN_LAMBDA {
+    const __m512i exact = (__m512i)v.reg[i];
+    const __mmask16 odd = _mm512_test_epi32_mask(exact, _mm512_set1_epi32(0x10000));
+    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v.reg[i], (__m512)v.reg[i], _CMP_UNORD_Q);
+    __m512i rounded = _mm512_add_epi32(exact, _mm512_set1_epi32(0x7fff));
+    rounded = _mm512_mask_add_epi32(rounded, odd, rounded, _mm512_set1_epi32(1));
+    return (I32)_mm512_mask_or_epi32(rounded, nan, exact, _mm512_set1_epi32(0x400000));
+  });
+#else
   const IntVec<float> exact = as_int(v);
   const IntVec<float> rounded = exact + 0x7fff + ((exact >> 16) & 1);
-  store_halves(&p->bits, as_int(select(is_nan(v), as_real<float>(exact | 0x400000), as_real<float>(rounded))) >> 16);
+  return as_int(select(is_nan(v), as_real<float>(exact | 0x400000), as_real<float>(rounded)));
+#endif
 }
+VGKERN_INLINE IntVec<float> to_bfloat16(Vec<float> v) { return round_to_bfloat16(v) >> 16; }
 
 #if VGKERN_AVX512
 
@@ -371,8 +412,10 @@ VGKERN_INLINE Vec<float> load(const float16* p) {
     return (F32)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   });
 }
-VGKERN_INLINE void store(float16* p, Vec<float> v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v.reg[0], _MM_FROUND_TO_NEAREST_INT));
+VGKERN_INLINE IntVec<float> to_float16(Vec<float> v) {
+  return each<IntVec<float>>([&](auto) VGKERN_LAMBDA {
+    return (I32)_mm512_cvtepu16_epi32(_mm512_cvtps_ph(v.reg[0], _MM_FROUND_TO_NEAREST_INT));
+  });
 }
 
 #elif VGKERN_AVX2
@@ -382,9 +425,9 @@ VGKERN_INLINE Vec<float> load(const float16* p) {
     return (F32)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i));
   });
 }
-VGKERN_INLINE void store(float16* p, Vec<float> v) {
-  unroll<kParts>([&](auto i) VGKERN_LAMBDA {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p) + i, _mm256_cvtps_ph(v.reg[i], _MM_FROUND_TO_NEAREST_INT));
+VGKERN_INLINE IntVec<float> to_float16(Vec<float> v) {
+  return each<IntVec<float>>([&](auto i) VGKERN_LAMBDA {
+    return (I32)_mm256_cvtepu16_epi32(_mm256_cvtps_ph(v.reg[i], _MM_FROUND_TO_NEAREST_INT));
   });
 }
 
@@ -400,7 +443,7 @@ VGKERN_INLINE Vec<float> load(const float16* p) {
   v = select(magnitude_real >= Vec<float>(0x7c00), as_real<float>(normal + (112 << 23)), v);
   return as_real<float>(as_int(v) | ((half & 0x8000) << 16));
 }
-VGKERN_INLINE void store(float16* p, Vec<float> v) {
+VGKERN_INLINE IntVec<float> to_float16(Vec<float> v) {
   const Vec<float> magnitude = abs(v);
   const IntVec<float> exact = as_int(magnitude);
   const Vec<float> half = 0.5f;  // its unit in the last place is that of a subnormal float16
@@ -408,10 +451,43 @@ VGKERN_INLINE void store(float16* p, Vec<float> v) {
   bits = select(magnitude < Vec<float>(0x1p-14f), as_real<float>(as_int(magnitude + half) - as_int(half)), bits);
   bits = select(magnitude >= Vec<float>(65520.0f), as_real<float>(IntVec<float>(0x7c00)), bits);
   bits = select(is_nan(v), as_real<float>(((exact >> 13) & 0x3ff) | 0x7e00), bits);
-  store_halves(&p->bits, as_int(bits) | ((as_int(v) >> 16) & 0x8000));
+  return as_int(bits) | ((as_int(v) >> 16) & 0x8000);
 }
 
 #endif
+
+VGKERN_INLINE void store(bfloat16* p, Vec<float> v) { store_halves(&p->bits, to_bfloat16(v)); }
+VGKERN_INLINE void store(float16* p, Vec<float> v) { store_halves(&p->bits, to_float16(v)); }
+VGKERN_INLINE void stream(bfloat16* p, Vec<float> v) { stream_halves(&p->bits, to_bfloat16(v)); }
+VGKERN_INLINE void stream(float16* p, Vec<float> v) { stream_halves(&p->bits, to_float16(v)); }
+
+// Two vectors side by side.
+template <class T, class R>
+VGKERN_INLINE void store_pair(T* p, Vec<R> a, Vec<R> b) {
+#if VGKERN_AVX512
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    const __m512i upper_halves = (__m512i)lanes_of_halves([](int i) VGKERN_LAMBDA { return 2 * i + 1; });
+    _mm512_storeu_si512(p, _mm512_permutex2var_epi16((__m512i)round_to_bfloat16(a).reg[0], upper_halves,
+                                                     (__m512i)round_to_bfloat16(b).reg[0]));
+    return;
+  }
+#endif
+  store(p, a);
+  store(p + kLanes<R>, b);
+}
+
+// The bits of two vectors side by side, the first one's below.
+template <class R>
+VGKERN_INLINE unsigned load_bit_pair(const uint8_t* p) {
+  std::conditional_t<kLanes<R> == 16, uint32_t, uint16_t> bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return bits;
+}
+template <class R>
+VGKERN_INLINE void store_bit_pair(uint8_t* p, unsigned low, unsigned high) {
+  const auto bits = static_cast<std::conditional_t<kLanes<R> == 16, uint32_t, uint16_t>>(low | high << kLanes<R>);
+  std::memcpy(p, &bits, sizeof bits);
+}
 
 // The first `lanes` elements, the other lanes being `fill`. What lies behind them in memory is not touched.
 template <class T, class R = Opmath<T>>

@@ -192,7 +192,7 @@ def test_examples_run(name):
     [
         "activations.names", "backends.available", "backends.use", "functional.add_act", "functional.batch_norm_act",
         "nn.AddAct", "nn.BatchNormAct1d", "nn.BatchNormAct2d", "nn.BatchNormAct3d", "nn.BatchNormAct2d.grad_stats",
-        "testing.assert_matches_autograd", "verify",
+        "memory.empty_cache", "memory.set_limit", "memory.stats", "testing.assert_matches_autograd", "verify",
     ],
 )  # fmt: skip
 def test_what_the_contract_names_has_an_example(public):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import _version, backends
+from . import _version, backends, memory
 
 __all__ = ["collect", "render"]
 
 
 def collect() -> dict[str, Any]:
-    """Versions, backends, CPU and GPUs as JSON knows them."""
+    """Versions, backends, CPU, the pool of memory and GPUs as JSON knows them."""
     states = backends.available()
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return {
@@ -29,6 +31,7 @@ def collect() -> dict[str, Any]:
         "backends": states,
         "default_backend": {device: backends.name_of(device) for device in devices},
         "cpu": {**_instruction_sets(states), "threads": torch.get_num_threads()},
+        "memory": {**asdict(memory.stats()), "huge_pages": _huge_pages()},
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
     }
 
@@ -38,6 +41,9 @@ def render(info: dict[str, Any]) -> str:
     cpu = info["cpu"]
     sets = ", ".join(cpu["available_isas"])
     isa = f"{cpu['isa']} (available: {sets})" if cpu["isa"] else "– (the cpu backend is not usable)"
+    pool = info["memory"]
+    size = {name: f"{pool[name] / 2**20:.0f} MiB" for name in pool if name.endswith("_bytes")}
+    used = f"{size['in_use_bytes']} in use (at most {size['peak_bytes']}), {size['idle_bytes']} idle"
     gpus = [
         f"{gpu['name']}, {gpu['memory_bytes'] / 2**30:.0f} GiB, {gpu['runtime']}, {gpu['architecture']}"
         for gpu in info["gpus"]
@@ -47,6 +53,11 @@ def render(info: dict[str, Any]) -> str:
         "Platform": {"system": info["platform"]},
         "Backends": info["backends"] | {f"used for {k} tensors": v for k, v in info["default_backend"].items()},
         "CPU": {"instruction set": isa, "threads": cpu["threads"]},
+        "Memory pool": {
+            "limit of idle memory": size["limit_bytes"] if pool["limit_bytes"] else "0: the pool is off",
+            "this process": f"{used}; {pool['hits']} buffers reused, {pool['misses']} new",
+            "huge pages": pool["huge_pages"] or "unknown to this system",
+        },
         "GPU": {str(index): gpu for index, gpu in enumerate(gpus)} or {"": "none that torch can use"},
     }
     lines = []
@@ -69,6 +80,12 @@ def _instruction_sets(states: dict[str, str]) -> dict[str, Any]:
     from .backends import cpu
 
     return {"isa": cpu.isa(), "available_isas": list(cpu.available_isas())}
+
+
+def _huge_pages() -> str | None:
+    """Linux's setting: ``"always"``, ``"madvise"`` (by request, as the pool's are), or ``"never"``."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.read_text().partition("[")[2].partition("]")[0] if setting.exists() else None
 
 
 def _gpu(index: int) -> dict[str, Any]:

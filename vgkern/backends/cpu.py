@@ -14,7 +14,7 @@ import os
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import memory, ops
 from . import reference
 
 try:
@@ -78,7 +78,7 @@ def batch_norm_act_forward(
     training, eps, activation, activation_args, save_mask,
 ):  # fmt: skip
     rows, n, c, s = layout = ops.layout(x)
-    y = torch.empty_like(x)
+    y = memory.empty_like(x)
     statistics = mask = None
     # Sizes one by one: a tuple of them, or Tensor.new_empty, takes 0.5 µs more.
     if training or running_mean is not None:
@@ -98,8 +98,8 @@ def batch_norm_act_backward(
     training, eps, activation, activation_args, min_norm, max_norm, output_mask,
 ):  # fmt: skip
     want_dx, want_dresidual, want_dweight, want_dbias, want_dactivation_weight, want_record = output_mask
-    dx = torch.empty_like(x) if want_dx else None
-    dresidual = torch.empty_like(x) if want_dresidual else None
+    dx = memory.empty_like(x) if want_dx else None
+    dresidual = memory.empty_like(x) if want_dresidual else None
     dweight = torch.empty_like(weight) if want_dweight else None
     dbias = torch.empty_like(bias) if want_dbias else None
     dactivation_weight = torch.empty_like(activation_weight) if want_dactivation_weight else None

@@ -1,0 +1,179 @@
+#include "memory_pool.h"
+
+#include <pthread.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <memory>
+#include <mutex>
+
+namespace vgkern {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+void advise([[maybe_unused]] MemoryBlock block, [[maybe_unused]] int advice) {
+#if defined(__linux__)
+  madvise(block.data, block.bytes, advice);  // where the kernel has no such advice, nothing but time is lost
+#endif
+}
+
+// Null where the system refuses.
+void* map(size_t bytes) {
+  void* mapped = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+  if (mapped == MAP_FAILED) return nullptr;
+  char* begin = static_cast<char*>(mapped);
+  const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(begin) % kHugePage) % kHugePage;
+  if (before > 0) munmap(begin, before);
+  munmap(begin + before + bytes, kHugePage - before);
+#if defined(MADV_HUGEPAGE)
+  advise({begin + before, bytes}, MADV_HUGEPAGE);
+#endif
+  return begin + before;
+}
+
+struct Pool {
+  std::mutex mutex;
+  std::vector<MemoryBlock> idle;  // the one that has been idle for longest comes first
+  MemoryStatistics statistics{};
+
+  void shrink_idle_to(size_t bytes) {
+    auto block = idle.begin();
+    for (; statistics.idle > bytes; ++block) {
+      statistics.idle -= block->bytes;
+      munmap(block->data, block->bytes);
+    }
+    idle.erase(idle.begin(), block);
+  }
+};
+
+Pool& pool();
+
+// Around a fork nobody else is in the pool, so that the child finds it whole. Idle blocks stay out of the child:
+// shared, they would be copied page by page when the parent writes into them next, and would no longer be huge pages.
+void before_fork() {
+  pool().mutex.lock();
+#if defined(MADV_DONTFORK)
+  for (MemoryBlock block : pool().idle) advise(block, MADV_DONTFORK);
+#endif
+}
+
+void after_fork_in_parent() {
+#if defined(MADV_DOFORK)
+  for (MemoryBlock block : pool().idle) advise(block, MADV_DOFORK);
+#endif
+  pool().mutex.unlock();
+}
+
+void after_fork_in_child() {
+#if defined(MADV_DONTFORK)
+  pool().idle.clear();
+  pool().statistics.idle = 0;
+#endif
+  pool().mutex.unlock();
+}
+
+// Never destroyed: a tensor may die after the static objects of this library.
+Pool& pool() {
+  static Pool& instance = *[] {
+    pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+    return new Pool;
+  }();
+  return instance;
+}
+
+struct PoolTensor {
+  DLManagedTensor managed;
+  MemoryBlock block;
+  std::vector<int64_t> shape, strides;
+};
+
+}  // namespace
+
+MemoryBlock acquire_memory(size_t bytes) {
+  static const size_t page = sysconf(_SC_PAGESIZE);
+  const size_t wanted = (bytes + page - 1) / page * page;
+  Pool& p = pool();
+  std::lock_guard<std::mutex> lock(p.mutex);
+  if (p.statistics.limit == 0) return {};
+  auto best = p.idle.end();
+  for (auto block = p.idle.begin(); block != p.idle.end(); ++block) {
+    const bool fits = block->bytes >= wanted && block->bytes - wanted <= wanted / 4;
+    // Of two equal ones the later, which is likelier to be in cache.
+    if (fits && (best == p.idle.end() || block->bytes <= best->bytes)) best = block;
+  }
+  MemoryBlock block{};
+  if (best != p.idle.end()) {
+    block = *best;
+    p.idle.erase(best);
+    p.statistics.idle -= block.bytes;
+    ++p.statistics.hits;
+  } else {
+    block = {map(wanted), wanted};
+    if (block.data == nullptr) {
+      p.shrink_idle_to(0);
+      block.data = map(wanted);
+    }
+    if (block.data == nullptr) return {};
+    ++p.statistics.misses;
+  }
+  p.statistics.in_use += block.bytes;
+  p.statistics.peak = std::max(p.statistics.peak, p.statistics.in_use);
+  return block;
+}
+
+void release_memory(MemoryBlock block) noexcept {
+  Pool& p = pool();
+  std::lock_guard<std::mutex> lock(p.mutex);
+  p.statistics.in_use -= block.bytes;
+  if (block.bytes > p.statistics.limit) {  // nothing idle has to go for it
+    munmap(block.data, block.bytes);
+    return;
+  }
+  p.idle.push_back(block);
+  p.statistics.idle += block.bytes;
+  p.shrink_idle_to(p.statistics.limit);
+}
+
+void set_memory_limit(size_t bytes) {
+  Pool& p = pool();
+  std::lock_guard<std::mutex> lock(p.mutex);
+  p.statistics.limit = bytes;
+  p.shrink_idle_to(bytes);
+}
+
+void return_idle_memory() {
+  Pool& p = pool();
+  std::lock_guard<std::mutex> lock(p.mutex);
+  p.shrink_idle_to(0);
+}
+
+MemoryStatistics memory_statistics() {
+  Pool& p = pool();
+  std::lock_guard<std::mutex> lock(p.mutex);
+  return p.statistics;
+}
+
+DLManagedTensor* make_tensor(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, DLDataType dtype) {
+  size_t bytes = dtype.bits / 8;
+  for (int64_t size : shape) bytes *= size;
+  auto tensor = std::make_unique<PoolTensor>(PoolTensor{{}, {}, shape, strides});
+  tensor->block = acquire_memory(bytes);
+  if (tensor->block.data == nullptr) return nullptr;
+  DLTensor& t = tensor->managed.dl_tensor;
+  t.data = tensor->block.data;
+  t.device = {kDLCPU, 0};
+  t.ndim = static_cast<int32_t>(shape.size());
+  t.dtype = dtype;
+  t.shape = tensor->shape.data();
+  t.strides = tensor->strides.data();
+  tensor->managed.manager_ctx = tensor.get();
+  tensor->managed.deleter = [](DLManagedTensor* self) {
+    const std::unique_ptr<PoolTensor> dead(static_cast<PoolTensor*>(self->manager_ctx));
+    release_memory(dead->block);
+  };
+  return &tensor.release()->managed;
+}
+
+}  // namespace vgkern
