@@ -14,17 +14,24 @@ namespace py = pybind11;
 namespace vgkern {
 namespace {
 
-using Pointer = uintptr_t;  // of a tensor's first element; 0 for none
+// Where a tensor's first element is; null for None. What is asked of a tensor is asked from here (data_ptr, and of
+// Channels is_contiguous): in Python that costs twice the time, and there are up to fifteen tensors in a call.
+struct Pointer {
+  uintptr_t address = 0;
+};
+
+// Of a tensor of channels, which may be a slice of another: then it points at a copy, for the length of the call.
+struct Channels : Pointer {};
 
 template <class T>
 T* to(Pointer p) {
-  return reinterpret_cast<T*>(p);
+  return reinterpret_cast<T*>(p.address);
 }
 
 template <class Call>
 Call common(bool rows, int64_t batch, int64_t channels, int64_t spatial, DataType dtype, int threads, bool training,
             double eps, int activation, std::vector<double> activation_args, Pointer x, Pointer residual,
-            Pointer weight, Pointer bias, DataType parameter_dtype, Pointer activation_weight,
+            Channels weight, Channels bias, DataType parameter_dtype, Channels activation_weight,
             DataType activation_weight_dtype, int64_t activation_weight_size) {
   Call call{};
   call.shape = {batch, channels, spatial, rows};
@@ -45,9 +52,9 @@ Call common(bool rows, int64_t batch, int64_t channels, int64_t spatial, DataTyp
 
 void forward(bool rows, int64_t batch, int64_t channels, int64_t spatial, int dtype, int threads, bool training,
              double eps, int activation, std::vector<double> activation_args, Pointer x, Pointer residual,
-             Pointer weight, Pointer bias, int parameter_dtype, Pointer activation_weight, int activation_weight_dtype,
-             int64_t activation_weight_size, Pointer running_mean, Pointer running_var, int running_dtype, Pointer y,
-             Pointer statistics, Pointer saved_mask) {
+             Channels weight, Channels bias, int parameter_dtype, Channels activation_weight,
+             int activation_weight_dtype, int64_t activation_weight_size, Channels running_mean, Channels running_var,
+             int running_dtype, Pointer y, Pointer statistics, Pointer saved_mask) {
   auto call = common<Forward>(rows, batch, channels, spatial, DataType(dtype), threads, training, eps, activation,
                               std::move(activation_args), x, residual, weight, bias, DataType(parameter_dtype),
                               activation_weight, DataType(activation_weight_dtype), activation_weight_size);
@@ -61,10 +68,10 @@ void forward(bool rows, int64_t batch, int64_t channels, int64_t spatial, int dt
 
 void backward(bool rows, int64_t batch, int64_t channels, int64_t spatial, int dtype, int threads, bool training,
               double eps, int activation, std::vector<double> activation_args, Pointer x, Pointer residual,
-              Pointer weight, Pointer bias, int parameter_dtype, Pointer activation_weight, int activation_weight_dtype,
-              int64_t activation_weight_size, Pointer dy, Pointer mask, Pointer statistics, double min_norm,
-              double max_norm, Pointer dx, Pointer dresidual, Pointer dweight, Pointer dbias,
-              Pointer dactivation_weight, int gradient_dtype, Pointer record) {
+              Channels weight, Channels bias, int parameter_dtype, Channels activation_weight,
+              int activation_weight_dtype, int64_t activation_weight_size, Pointer dy, Pointer mask,
+              Channels statistics, double min_norm, double max_norm, Pointer dx, Pointer dresidual, Pointer dweight,
+              Pointer dbias, Pointer dactivation_weight, int gradient_dtype, Pointer record) {
   auto call = common<Backward>(rows, batch, channels, spatial, DataType(dtype), threads, training, eps, activation,
                                std::move(activation_args), x, residual, weight, bias, DataType(parameter_dtype),
                                activation_weight, DataType(activation_weight_dtype), activation_weight_size);
@@ -83,28 +90,52 @@ void backward(bool rows, int64_t batch, int64_t channels, int64_t spatial, int d
   batch_norm_act_backward(kernels(), call);
 }
 
-std::vector<Array> arrays(const std::vector<Pointer>& pointers, const std::vector<int64_t>& counts,
+std::vector<Array> arrays(const std::vector<uintptr_t>& addresses, const std::vector<int64_t>& counts,
                           const std::vector<int>& dtypes) {
   std::vector<Array> list;
-  list.reserve(pointers.size());
-  for (size_t i = 0; i < pointers.size(); ++i) list.push_back({to<void>(pointers[i]), counts[i], DataType(dtypes[i])});
+  list.reserve(addresses.size());
+  for (size_t i = 0; i < addresses.size(); ++i) {
+    list.push_back({to<void>(Pointer{addresses[i]}), counts[i], DataType(dtypes[i])});
+  }
   return list;
 }
 
-void norms(const std::vector<Pointer>& pointers, const std::vector<int64_t>& counts, const std::vector<int>& dtypes,
+void norms(const std::vector<uintptr_t>& addresses, const std::vector<int64_t>& counts, const std::vector<int>& dtypes,
            double p, int threads, Pointer norms, Pointer total) {
-  gradient_norms(kernels(), arrays(pointers, counts, dtypes), p, threads, to<double>(norms), to<double>(total));
+  gradient_norms(kernels(), arrays(addresses, counts, dtypes), p, threads, to<double>(norms), to<double>(total));
 }
 
-void scale(const std::vector<Pointer>& pointers, const std::vector<int64_t>& counts, const std::vector<int>& dtypes,
+void scale(const std::vector<uintptr_t>& addresses, const std::vector<int64_t>& counts, const std::vector<int>& dtypes,
            double factor, int threads) {
-  scale_arrays(kernels(), arrays(pointers, counts, dtypes), factor, threads);
+  scale_arrays(kernels(), arrays(addresses, counts, dtypes), factor, threads);
 }
 
-void apply_math(const std::string& name, Pointer in, Pointer out, int64_t count, bool is_double) {
+// running ← (1 − momentum)·running + momentum·batch for the mean and the unbiased variance, both (C,) of the given
+// type, from statistics of (3, C): in float64 and rounded once, from whichever end is the nearer, as torch.lerp. Counts
+// the batch, where there is a counter (int64).
+void update_running_statistics(Pointer statistics, int64_t channels, double momentum, int dtype, Pointer running_mean,
+                               Pointer running_var, Pointer num_batches_tracked) {
   const KernelTable& table = kernels();
-  const bool known = is_double ? table.apply_math_double(name.c_str(), to<const double>(in), to<double>(out), count)
-                               : table.apply_math_float(name.c_str(), to<const float>(in), to<float>(out), count);
+  const double* batch_mean = to<const double>(statistics);
+  std::vector<double> values(channels);
+  const auto update = [&](Pointer running, const double* batch) {
+    table.to_double[dtype](to<const void>(running), values.data(), channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      const double difference = batch[c] - values[c];
+      values[c] = momentum < 0.5 ? values[c] + momentum * difference : batch[c] - (1.0 - momentum) * difference;
+    }
+    table.from_double[dtype](values.data(), to<void>(running), channels);
+  };
+  update(running_mean, batch_mean);
+  update(running_var, batch_mean + 2 * channels);
+  if (num_batches_tracked.address) ++*to<int64_t>(num_batches_tracked);
+}
+
+void apply_math(const std::string& name, uintptr_t in, uintptr_t out, int64_t count, bool is_double) {
+  const KernelTable& table = kernels();
+  const Pointer from{in}, to_{out};
+  const bool known = is_double ? table.apply_math_double(name.c_str(), to<const double>(from), to<double>(to_), count)
+                               : table.apply_math_float(name.c_str(), to<const float>(from), to<float>(to_), count);
   if (!known) throw std::invalid_argument("no mathematical function '" + name + "'");
 }
 
@@ -136,6 +167,51 @@ py::tuple pool_stats() {
 }  // namespace
 }  // namespace vgkern
 
+namespace pybind11::detail {
+
+inline object ask(handle tensor, PyObject* method) {
+  auto answer = reinterpret_steal<object>(PyObject_CallMethodNoArgs(tensor.ptr(), method));
+  if (!answer) throw error_already_set();
+  return answer;
+}
+
+inline uintptr_t address_of(handle tensor) {
+  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+  return PyLong_AsSize_t(ask(tensor, data_ptr).ptr());
+}
+
+template <>
+struct type_caster<vgkern::Pointer> {
+  PYBIND11_TYPE_CASTER(vgkern::Pointer, const_name("Tensor | None"));
+
+  bool load(handle tensor, bool) {
+    if (!tensor.is_none()) value.address = address_of(tensor);
+    return true;
+  }
+};
+
+template <>
+struct type_caster<vgkern::Channels> {
+  PYBIND11_TYPE_CASTER(vgkern::Channels, const_name("Tensor | None"));
+
+  bool load(handle tensor, bool) {
+    static PyObject* const is_contiguous = PyUnicode_InternFromString("is_contiguous");
+    static PyObject* const contiguous = PyUnicode_InternFromString("contiguous");
+    if (tensor.is_none()) return true;
+    if (ask(tensor, is_contiguous).ptr() != Py_True) {
+      copy_ = ask(tensor, contiguous);
+      tensor = copy_;
+    }
+    value.address = address_of(tensor);
+    return true;
+  }
+
+ private:
+  object copy_;
+};
+
+}  // namespace pybind11::detail
+
 PYBIND11_MODULE(_C, m) {
   using namespace vgkern;
   m.doc() = "Kernels for CPU tensors, behind vgkern.backends.cpu, which holds the order of the arguments.";
@@ -146,6 +222,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("gradient_norms", &norms, py::call_guard<py::gil_scoped_release>());
   m.def("scale_arrays", &scale, py::call_guard<py::gil_scoped_release>());
+  m.def("update_running_statistics", &update_running_statistics);
 
   m.def(
       "dtype_names", [] { return std::vector<std::string>{"float32", "float64", "bfloat16", "float16"}; },

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import memory, ops
+from . import reference
 
 try:
     from .. import _C
@@ -59,25 +60,18 @@ def available_isas() -> list[str]:
     return _C.available_isas()
 
 
-def _address(t: Tensor | None) -> int:
-    # An empty tensor, which stands for an output that is not wanted, has the address 0.
-    return 0 if t is None else t.data_ptr()
+_CPU = torch.device("cpu")  # whatever torch.set_default_device says
+_RECORD = torch.empty(len(ops.RECORD_FIELDS), dtype=torch.float64, device=_CPU)  # empty_like is the cheapest call
 
 
-def _code(*tensors: Tensor | None) -> int:
-    """The code of the dtype that the given tensors share; 0, which nobody reads, where there are none."""
-    return next((_DTYPE[t.dtype] for t in tensors if t is not None), 0)
-
-
-def _common(x, residual, weight, bias, activation_weight, training, eps, activation, activation_args):
-    """The arguments with which both functions of the extension begin."""
+def _common(layout, x, residual, weight, bias, activation_weight, training, eps, activation, activation_args):
+    """The arguments with which both functions of the extension begin. A code that nobody reads is 0."""
+    parameter = bias if weight is None else weight
     return (
-        ops.is_rows(x), *ops.geometry(x), _DTYPE[x.dtype], torch.get_num_threads(),
-        training, eps, _ACTIVATION[activation], activation_args,
-        x.data_ptr(), _address(residual),
-        _address(weight), _address(bias), _code(weight, bias),
-        _address(activation_weight), _code(activation_weight),
-        1 if activation_weight is None else activation_weight.numel(),
+        *layout, _DTYPE[x.dtype], torch.get_num_threads(), training, eps, _ACTIVATION[activation], activation_args,
+        x, residual, weight, bias, 0 if parameter is None else _DTYPE[parameter.dtype],
+        activation_weight, *((0, 1) if activation_weight is None else (_DTYPE[activation_weight.dtype],
+                                                                       activation_weight.numel())),
     )  # fmt: skip
 
 
@@ -85,21 +79,18 @@ def batch_norm_act_forward(
     x, residual, weight, bias, running_mean, running_var, activation_weight,
     training, eps, activation, activation_args, save_mask,
 ):  # fmt: skip
+    rows, n, c, s = layout = ops.layout(x)
     y = memory.empty_like(x)
-    has_statistics = training or running_mean is not None
-    statistics = x.new_empty((3, x.shape[1]) if has_statistics else (0,), dtype=torch.float64)
-    mask_shape = (0,)
+    statistics = mask = None
+    # Sizes one by one: a tuple of them, or Tensor.new_empty, takes 0.5 µs more.
+    if training or running_mean is not None:
+        statistics = torch.empty(3, c, dtype=torch.float64, device=_CPU)
     if save_mask and ops.needs_mask(activation, residual is not None):
-        outer, inner = ops.mask_geometry(x)
-        mask_shape = (outer, (inner + 7) // 8)
-    mask = x.new_empty(mask_shape, dtype=torch.uint8)
-    weight, bias, running_mean, running_var, activation_weight = _contiguous(
-        weight, bias, running_mean, running_var, activation_weight
-    )
+        outer, inner = (n * s, c) if rows else (n * c, s)
+        mask = torch.empty(outer, (inner + 7) // 8, dtype=torch.uint8, device=_CPU)
     _C.batch_norm_act_forward(
-        *_common(x, residual, weight, bias, activation_weight, training, eps, activation, activation_args),
-        _address(running_mean), _address(running_var), _code(running_mean, running_var),
-        y.data_ptr(), statistics.data_ptr(), mask.data_ptr(),
+        *_common(layout, x, residual, weight, bias, activation_weight, training, eps, activation, activation_args),
+        running_mean, running_var, 0 if running_mean is None else _DTYPE[running_mean.dtype], y, statistics, mask,
     )  # fmt: skip
     return y, statistics, mask
 
@@ -109,26 +100,37 @@ def batch_norm_act_backward(
     training, eps, activation, activation_args, min_norm, max_norm, output_mask,
 ):  # fmt: skip
     want_dx, want_dresidual, want_dweight, want_dbias, want_dactivation_weight, want_record = output_mask
-
-    def none() -> Tensor:  # each its own: outputs of an operator must not alias
-        return x.new_empty((0,))
-
-    parameter = weight if weight is not None else bias if bias is not None else x
-    channels = ops.geometry(x)[1]
-    dx = memory.empty_like(x) if want_dx else none()
-    dresidual = memory.empty_like(x) if want_dresidual else none()
-    dweight = parameter.new_empty((channels,)) if want_dweight else none()
-    dbias = parameter.new_empty((channels,)) if want_dbias else none()
-    dactivation_weight = torch.empty_like(activation_weight) if want_dactivation_weight else none()
-    record = x.new_empty((len(ops.RECORD_FIELDS),), dtype=torch.float64) if want_record else none()
-    weight, bias, activation_weight, statistics = _contiguous(weight, bias, activation_weight, statistics)
+    dx = memory.empty_like(x) if want_dx else None
+    dresidual = memory.empty_like(x) if want_dresidual else None
+    dweight = torch.empty_like(weight) if want_dweight else None
+    dbias = torch.empty_like(bias) if want_dbias else None
+    dactivation_weight = torch.empty_like(activation_weight) if want_dactivation_weight else None
+    record = torch.empty_like(_RECORD) if want_record else None
+    parameter = x if weight is bias is None else bias if weight is None else weight
     _C.batch_norm_act_backward(
-        *_common(x, residual, weight, bias, activation_weight, training, eps, activation, activation_args),
-        dy.data_ptr(), _address(mask), _address(statistics), min_norm, max_norm,
-        dx.data_ptr(), dresidual.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), dactivation_weight.data_ptr(),
-        _DTYPE[parameter.dtype], record.data_ptr(),
+        *_common(
+            ops.layout(x), x, residual, weight, bias, activation_weight, training, eps, activation, activation_args
+        ),
+        dy, mask, statistics, min_norm, max_norm, dx, dresidual, dweight, dbias, dactivation_weight,
+        _DTYPE[parameter.dtype], record,
     )  # fmt: skip
     return dx, dresidual, dweight, dbias, dactivation_weight, record
+
+
+def update_running_statistics(running_mean, running_var, num_batches_tracked, statistics, momentum):
+    counter = num_batches_tracked
+    if (
+        momentum is None  # the average needs the count as a tensor
+        or not (running_mean.is_contiguous() and running_var.is_contiguous())
+        or not (counter is None or (counter.is_cpu and counter.dtype is torch.int64))
+    ):
+        return reference.update_running_statistics(running_mean, running_var, counter, statistics, momentum)
+    _C.update_running_statistics(
+        statistics, running_mean.numel(), momentum, _DTYPE[running_mean.dtype], running_mean, running_var, counter
+    )
+    # What an operation of PyTorch does by itself: autograd must notice where it saved the values of before.
+    changed = (running_mean, running_var) if counter is None else (running_mean, running_var, counter)
+    torch.autograd.graph.increment_version(changed)
 
 
 def gradient_norms(
@@ -138,7 +140,7 @@ def gradient_norms(
     out = torch.empty(len(tensors) + 1, dtype=torch.float64)
     norms, total = out[:-1], out[-1]
     tensors = [t if t.is_contiguous() or ops.is_dense(t) else t.contiguous() for t in tensors]
-    _C.gradient_norms(*_list(tensors), norm_type, torch.get_num_threads(), norms.data_ptr(), total.data_ptr())
+    _C.gradient_norms(*_list(tensors), norm_type, torch.get_num_threads(), norms, total)
     return norms, total, ops.clip_factor(total, max_norm)
 
 
@@ -159,8 +161,3 @@ def _list(tensors: Sequence[Tensor]) -> tuple[list[int], list[int], list[int]]:
         [t.numel() for t in tensors],
         [_DTYPE[t.dtype] for t in tensors],
     )
-
-
-def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Tensors of channels may be slices of others; a contiguous one is handed on as it is."""
-    return tuple(t if t is None or t.is_contiguous() else t.contiguous() for t in tensors)

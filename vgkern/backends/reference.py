@@ -180,6 +180,21 @@ def batch_norm_act_forward(
     return torch.empty_like(x).copy_(y), statistics, mask
 
 
+def update_running_statistics(
+    running_mean: Tensor, running_var: Tensor, num_batches_tracked: Tensor | None, statistics: Tensor,
+    momentum: float | None,
+) -> None:  # fmt: skip
+    """As ``vgkern.backends`` says; tensor arithmetic, which compiles and runs on meta."""
+    factor: float | Tensor = 0.0 if momentum is None else momentum
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        if momentum is None:
+            factor = num_batches_tracked.to(statistics.dtype).reciprocal().to(running_mean.dtype)
+    mean, _, var = statistics.to(running_mean.dtype).unbind()
+    running_mean.lerp_(mean, factor)
+    running_var.lerp_(var, factor)
+
+
 def batch_norm_act_backward(
     dy, x, residual, mask, statistics, weight, bias, activation_weight,
     training, eps, activation, activation_args, min_norm, max_norm, output_mask,

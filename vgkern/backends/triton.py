@@ -19,6 +19,11 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .reference import update_running_statistics
+
+__all__ = [
+    "batch_norm_act_backward", "batch_norm_act_forward", "refuses", "unavailable", "update_running_statistics",
+]  # fmt: skip
 
 
 @functools.cache

@@ -48,9 +48,10 @@ class AddAct(GradRecordMixin, ActivationMixin):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         ops.check(input, residual, self.activation, self.activation_weight)
+        direct = ops.unwatched(input, residual, self.activation_weight)
         y, _ = functional.apply(
             input, residual, None, None, self.activation_weight, self._probe_on(input.device),
-            None, None, False, 0.0, self.activation, (0.0, math.inf),
+            None, None, False, 0.0, self.activation, (0.0, math.inf), direct,
         )  # fmt: skip
         return y
 

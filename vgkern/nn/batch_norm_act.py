@@ -67,31 +67,42 @@ class _BatchNormAct(GradRecordMixin, ActivationMixin, _NormBase):
         if isinstance(input, Tensor) and input.dim() not in self._ranks:
             expected = " or ".join(f"{rank}D" for rank in self._ranks)
             raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
-        uses_batch = self.training or self.running_mean is None
+        weight, bias, running_mean, running_var, num_batches_tracked = self._tensors()
+        training, tracked = self.training, self.track_running_stats
+        uses_batch = training or running_mean is None
         # Statistics that are there but not tracked take no part in training (track_running_stats switched off later).
-        takes_running = self.running_mean is not None and (not self.training or self.track_running_stats)
-        running_mean, running_var = (self.running_mean, self.running_var) if takes_running else (None, None)
-        ops.check(input, residual, self.activation, self.activation_weight)
-        ops.check_batch_norm(
-            input, running_mean, running_var, self.weight, self.bias, uses_batch,
-            0.0 if self.momentum is None else self.momentum, self.eps,
+        if running_mean is None or (training and not tracked):
+            running_mean = running_var = None
+        activation, activation_weight = self.activation, self.activation_weight
+        momentum = self.momentum
+        direct = ops.check_all(
+            input, residual, activation, activation_weight, running_mean, running_var, weight, bias, uses_batch,
+            0.0 if momentum is None else momentum, self.eps,
         )  # fmt: skip
 
         y, statistics = functional.apply(
-            input, residual, self.weight, self.bias, self.activation_weight, self._probe_on(input.device),
-            running_mean, running_var, uses_batch, self.eps, self.activation, self._bounds,
+            input, residual, weight, bias, activation_weight, self._probe_on(input.device),
+            running_mean, running_var, uses_batch, self.eps, activation, self._bounds, direct,
         )  # fmt: skip
         # State changes last: whatever raises above leaves the layer as it was.
-        momentum: float | Tensor | None = self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if momentum is None:  # the cumulative average; tensor arithmetic, which compiles and runs on meta
-                momentum = self.num_batches_tracked.to(ops.statistics_dtype(input.device)).reciprocal()
-        if self.training and takes_running and input.numel() > 0:
-            functional.update_running_statistics(
-                running_mean, running_var, statistics, 0.0 if momentum is None else momentum
-            )
+        if training:
+            counter = num_batches_tracked if tracked else None
+            if running_mean is not None and running_var is not None and input.numel() > 0:
+                functional.update_running_statistics(running_mean, running_var, counter, statistics, momentum, direct)
+            elif counter is not None:
+                counter.add_(1)
         return y
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        """(weight, bias, running_mean, running_var, num_batches_tracked)."""
+        parameters, buffers = self._parameters, self._buffers
+        try:  # 0.3 µs less a tensor than nn.Module.__getattr__
+            return (
+                parameters["weight"], parameters["bias"],
+                buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"],
+            )  # fmt: skip
+        except KeyError:  # computed: a parametrisation, pruning, a replica of nn.DataParallel
+            return self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked
 
     def extra_repr(self) -> str:
         return ", ".join([super().extra_repr(), *_options(self)])
