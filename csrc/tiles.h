@@ -459,7 +459,7 @@ struct StatisticsPass {
       load_block(x, static_cast<const T*>(pass.tile.x), at, fill);
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
         const S deviation = S(x[j]) - S(pivot[j]);
-        sum.add(j, Wide<R>(deviation));
+        sum.add(j, Wide<R>(x[j]) - Wide<R>(pivot[j]));  // not of the rounded difference
         squares.add_product(j, deviation, deviation);
       });
     }

@@ -47,7 +47,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import batch_norm
+from . import batch_norm, launching
 
 __all__ = ["DTYPES", "norm_launches", "norms", "scale_", "scale_launches"]
 
@@ -389,7 +389,7 @@ def _options() -> dict[str, Any]:
 
 def norm_launches(
     tensors: Sequence[Tensor], norm_type: float, max_norm: float
-) -> tuple[tuple[Tensor, Tensor, Tensor], list[batch_norm.Launch]]:
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[launching.Launch]]:
     """(what :func:`norms` returns, the launches that fill it)."""
     kind = {1.0: _MAGNITUDES, 2.0: _SQUARES, math.inf: _LARGEST}.get(norm_type, _POWERS)
     entry = _describe(tensors)
@@ -406,9 +406,9 @@ def norm_launches(
         "TENSORS": _MERGE_TENSORS, "CHUNKS": _MERGE_CHUNKS,
     }  # fmt: skip
     merge_grid = (1 + triton.cdiv(entry.num_tensors, _MERGE_TENSORS),)
-    launches = [batch_norm.Launch(norm_merge_kernel, merge_grid, merge, {"num_warps": 4, "enable_fp_fusion": False})]
+    launches = [launching.Launch(norm_merge_kernel, merge_grid, merge, {"num_warps": 4, "enable_fp_fusion": False})]
     if entry.num_chunks:
-        launches.insert(0, batch_norm.Launch(norm_partial_kernel, (entry.num_chunks,), partial, _options()))
+        launches.insert(0, launching.Launch(norm_partial_kernel, (entry.num_chunks,), partial, _options()))
     return (norms, total, factor), launches
 
 
@@ -425,11 +425,11 @@ def norms(tensors: Sequence[Tensor], norm_type: float, max_norm: float) -> tuple
         total is.
     """
     results, launches = norm_launches(tensors, norm_type, max_norm)
-    batch_norm.launch(launches, tensors[0].device)
+    launching.launch(launches, tensors[0].device)
     return results
 
 
-def scale_launches(tensors: Sequence[Tensor], factor: Tensor) -> list[batch_norm.Launch]:
+def scale_launches(tensors: Sequence[Tensor], factor: Tensor) -> list[launching.Launch]:
     """The launch of :func:`scale_`; none where there are no elements."""
     entry = _describe(tensors)
     if not entry.num_chunks:
@@ -438,7 +438,7 @@ def scale_launches(tensors: Sequence[Tensor], factor: Tensor) -> list[batch_norm
         "table_ptr": entry.table, "factor_ptr": factor, "num_tensors": entry.num_tensors,
         "tiles_per_chunk": entry.tiles_per_chunk, "DTYPES": entry.dtypes, "TILE": _TILE,
     }  # fmt: skip
-    return [batch_norm.Launch(gradient_scale_kernel, (entry.num_chunks,), args, _options(), conditional=True)]
+    return [launching.Launch(gradient_scale_kernel, (entry.num_chunks,), args, _options(), conditional=True)]
 
 
 def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
@@ -446,4 +446,4 @@ def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
 
     Where the factor is 1 nothing is written, and no tensor is read.
     """
-    batch_norm.launch(scale_launches(tensors, factor), tensors[0].device)
+    launching.launch(scale_launches(tensors, factor), tensors[0].device)

@@ -65,7 +65,7 @@ def _arguments(shape, dtype, *, mode="batch", activation="relu", rows=False, res
 def _forward_and_backward(arguments, dy, *, bounds=(0.0, math.inf), wanted=(True,) * 6, backend=cpu):
     """All that both operators return, by name."""
     x, residual, weight, bias, _, _, activation_weight, training, eps, activation, args, _ = arguments
-    y, statistics, mask = backend.batch_norm_act_forward(*arguments)
+    y, statistics, mask = map(_or_empty, backend.batch_norm_act_forward(*arguments))
     reads_z = TABLE[activation].backward_reads == "z"
     there = (True, True, weight is not None, bias is not None, activation_weight is not None, True)
     gradients = backend.batch_norm_act_backward(
@@ -75,7 +75,13 @@ def _forward_and_backward(arguments, dy, *, bounds=(0.0, math.inf), wanted=(True
         [w and t for w, t in zip(wanted, there, strict=True)],
     )  # fmt: skip
     names = ("dx", "dresidual", "dweight", "dbias", "dactivation_weight", "record")
+    gradients = map(_or_empty, gradients)
     return {"y": y, "statistics": statistics, "mask": mask, **dict(zip(names, gradients, strict=True))}
+
+
+def _or_empty(tensor: torch.Tensor | None) -> torch.Tensor:
+    """As the operators hand on what a backend did not make."""
+    return torch.empty(0) if tensor is None else tensor
 
 
 def _bits(results: dict[str, torch.Tensor]) -> dict[str, bytes | None]:

@@ -258,7 +258,7 @@ def update_running_statistics(
     running_mean: Tensor, running_var: Tensor, num_batches_tracked: Tensor | None, statistics: Tensor,
     momentum: float | None, direct: bool,
 ) -> None:  # fmt: skip
-    """The backend's, for a call that is ``ops.unwatched``; the reference consists of PyTorch's operations, to be seen."""
+    """The backend's, for a call that is ``ops.unwatched``; the reference's is PyTorch operations, which can be seen."""
     backend = backends.of(running_mean) if direct else reference
     backend.update_running_statistics(running_mean, running_var, num_batches_tracked, statistics, momentum)
 

@@ -281,7 +281,7 @@ def check_all(
 
 
 def _is_common(input, residual, spec, activation_weight, per_channel, training, momentum, eps) -> bool:
-    """Whether it is plain that no check refuses ordinary CPU tensors: 2 µs, where the checks, which find words, take 14.
+    """Whether it is plain that no check refuses ordinary CPU tensors: 2 µs; the checks, which find words, take 14.
 
     So it is for (N, C, *) with all else of its dtype, statistics given or not needed, and no learnable activation.
     """
@@ -301,10 +301,7 @@ def _is_common(input, residual, spec, activation_weight, per_channel, training, 
     if activation_weight is not None or spec.row.learnable:
         return False
     channels = (shape[1],)
-    for t in per_channel:
-        if t is not None and (t.dtype is not dtype or t.shape != channels):
-            return False
-    return True
+    return all(t is None or (t.dtype is dtype and t.shape == channels) for t in per_channel)
 
 
 def check(

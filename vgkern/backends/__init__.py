@@ -4,9 +4,9 @@ A backend is a module with ``batch_norm_act_forward`` and ``batch_norm_act_backw
 what is not made or not wanted is an empty tensor or None), ``unavailable() -> str | None`` (why this process cannot use
 it), ``refuses(x) -> str | None`` (why it cannot take this tensor), and
 
-* ``update_running_statistics(running_mean, running_var, num_batches_tracked, statistics, momentum) -> None``: ``running ←
-  (1 − momentum)·running + momentum·batch`` with the unbiased variance, and ``num_batches_tracked``, which may be None,
-  counts up, all in place; momentum None stands for the cumulative average, 1/num_batches_tracked.
+* ``update_running_statistics(running_mean, running_var, num_batches_tracked, statistics, momentum) -> None``, in place:
+  ``running ← (1 − momentum)·running + momentum·batch`` with the unbiased variance, and ``num_batches_tracked``, which
+  may be None, counts up; momentum None stands for the cumulative average, 1/num_batches_tracked.
 
 and two functions over lists of tensors of one device, of any dtypes that it takes:
 

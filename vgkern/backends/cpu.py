@@ -124,7 +124,8 @@ def update_running_statistics(running_mean, running_var, num_batches_tracked, st
         or not (running_mean.is_contiguous() and running_var.is_contiguous())
         or not (counter is None or (counter.is_cpu and counter.dtype is torch.int64))
     ):
-        return reference.update_running_statistics(running_mean, running_var, counter, statistics, momentum)
+        reference.update_running_statistics(running_mean, running_var, counter, statistics, momentum)
+        return
     _C.update_running_statistics(
         statistics, running_mean.numel(), momentum, _DTYPE[running_mean.dtype], running_mean, running_var, counter
     )
