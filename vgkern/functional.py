@@ -50,7 +50,11 @@ class _BatchNormAct(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         _, statistics, mask = output
         ctx.mark_non_differentiable(statistics, mask)
-        _save(ctx, *inputs, statistics, mask)
+        x, residual, weight, bias, activation_weight, probe, running_mean, running_var, config = inputs
+        _save(
+            ctx, x, residual, weight, bias, activation_weight, probe, running_mean, running_var, config,
+            statistics, mask,
+        )  # fmt: skip
 
     @staticmethod
     def backward(ctx, dy, *_):
@@ -150,12 +154,13 @@ def _second_order(ctx, dy, x, residual, mask, weight, bias, activation_weight, r
         config.training, config.activation, config.args, config.min_norm, config.max_norm,
     )  # fmt: skip
     need_x, need_residual, need_weight, need_bias, need_activation_weight, need_record, *_ = ctx.needs_input_grad
+    dactivation_weight = None if dactivation_weight is None else dactivation_weight.to(activation_weight.dtype)
     return (
         dx.to(x.dtype) if need_x else None,
         dz.to(x.dtype) if need_residual else None,
         dweight.to(weight.dtype) if need_weight else None,
         dbias.to(bias.dtype) if need_bias else None,
-        dactivation_weight.to(activation_weight.dtype) if need_activation_weight else None,
+        dactivation_weight if need_activation_weight else None,
         record if need_record else None,
     )
 

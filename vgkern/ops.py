@@ -352,8 +352,8 @@ def check_batch_norm(
     eps: float,
 ) -> None:
     """Refuse what ``torch.nn.functional.batch_norm`` refuses, with its exception types, and what it should."""
-    per_channel = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    per_channel = {name: tensor for name, tensor in per_channel.items() if tensor is not None}
+    given = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    per_channel = {name: tensor for name, tensor in given.items() if tensor is not None}
     for name, tensor in per_channel.items():
         _check_dense(name, tensor)
     if not isinstance(momentum, (numbers.Real, torch.SymFloat)):

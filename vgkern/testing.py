@@ -147,7 +147,7 @@ class _Twin:
         }
         leaves = (self.x, self.residual, *(self.state[name] for name in _PARAMETERS))
         self.leaves = [leaf.requires_grad_() for leaf in leaves if leaf is not None]
-        pre_activation = _pre_activation_float64 if dtype == torch.float64 else _pre_activation_torch
+        pre_activation: Any = _pre_activation_float64 if dtype == torch.float64 else _pre_activation_torch
         self.z = pre_activation(layer, self.x, self.residual, self.state)
         self.y = _activate(layer, self.z, self.state["activation_weight"])
 

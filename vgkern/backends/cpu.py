@@ -20,7 +20,7 @@ from .. import memory, ops
 from . import reference
 
 try:
-    from .. import _C
+    from .. import _C  # type: ignore[attr-defined]
 except ImportError as error:
     _C = None
     _reason: str | None = f"the extension vgkern._C is not built, or cannot be loaded ({error})"

@@ -176,7 +176,9 @@ def batch_norm_act_forward(
     y = _activate(z, activation, activation_args, activation_weight)
     mask = x.new_empty((0,), dtype=torch.uint8)
     if save_mask and ops.needs_mask(activation, residual is not None):
-        mask = _pack(TABLE[activation].on(z, *activation_args), x)
+        on_of = TABLE[activation].on
+        assert on_of is not None, activation  # what "mask" in backward_reads means
+        mask = _pack(on_of(z, *activation_args), x)
     return torch.empty_like(x).copy_(y), statistics, mask
 
 
@@ -210,7 +212,7 @@ def batch_norm_act_backward(
         lambda: torch.empty_like(x).copy_(dz),
         lambda: dweight.to(param_dtype),
         lambda: dbias.to(param_dtype),
-        lambda: dactivation_weight.to(activation_weight.dtype),
+        lambda: None if dactivation_weight is None else dactivation_weight.to(activation_weight.dtype),
         lambda: record,
     )
     return tuple(make() if wanted else x.new_empty((0,)) for make, wanted in zip(results, output_mask, strict=True))
