@@ -607,10 +607,14 @@ class BackwardPass : Operation {
     set(kInputShift, channel, -input_scale_[channel] * dbias_[channel] / count_ - mean_rest_[channel] * slope);
   }
 
+  // Whether dx is made from dz as dresidual has it, rounded to the tensors' type: as PyTorch's batch norm takes it from
+  // its activation, and half of the work of a smooth one. Kept or read again, it is the same.
+  bool reads_dresidual() const { return call_.dresidual && !call_.mask; }
+
   // Of a slice's dz, if it is to be kept for the second pass: where it costs more to make than to read again.
   int64_t kept_bytes() const {
-    const int64_t bytes = grid_.padded_slice() * opmath_size();
-    return base_.residual && !call_.mask && bytes * grid_.slices() <= kMaxKeptBytes ? bytes : 0;
+    const int64_t bytes = grid_.padded_slice() * item_size(call_.dtype);
+    return base_.residual && reads_dresidual() && bytes * grid_.slices() <= kMaxKeptBytes ? bytes : 0;
   }
 
   // Sums; and, with frozen statistics, dx.
@@ -654,7 +658,7 @@ class BackwardPass : Operation {
            (!call_.record || lost <= kNegligible * dy);
   }
 
-  // dx, from dz as it was kept or written where that is exact, else from dy again.
+  // dx, from dz as it was kept or written, else from dy again.
   void apply(int64_t group, int64_t slice, char* kept) {
     Tile tile = base_;
     tile.dx = call_.dx;
@@ -665,7 +669,7 @@ class BackwardPass : Operation {
     const ActivationKernels* kernels = &kernels_;
     if (kept) {
       tile.dz = kept;
-    } else if (call_.dresidual && !call_.mask && item_size(call_.dtype) >= 4) {
+    } else if (reads_dresidual()) {
       kernels = &table_.activations[kIdentity];
       tile.dy = call_.dresidual;
     }

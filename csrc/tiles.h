@@ -563,7 +563,7 @@ struct ReducePass {
       differentiate(d, pass.activation, z_of, at, deviation, dy);
       if (tile.dresidual) store_block(d.dz, static_cast<T*>(tile.dresidual), at, tile.streams);
       if (tile.dz) {
-        unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { store(static_cast<R*>(tile.dz) + at.dz_of(j), d.dz[j]); });
+        unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { store(static_cast<T*>(tile.dz) + at.dz_of(j), d.dz[j]); });
       }
       if (tile.dx) {
         const PerColumn<R, COLUMNS> scale(tile, channel, kInputScale);
@@ -637,11 +637,21 @@ struct ApplyPass {
       Derivative<R, VECTORS> d;
       z_of.deviations(deviation, at);
       if (tile.dz) {
-        unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { d.dz[j] = load(static_cast<const R*>(tile.dz) + at.dz_of(j)); });
+        unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { d.dz[j] = load(static_cast<const T*>(tile.dz) + at.dz_of(j)); });
       } else {
         Vec<R> dy[VECTORS];
         load_block(dy, static_cast<const T*>(tile.dy), at, R(0));
         differentiate(d, pass.activation, z_of, at, deviation, dy);
+        // As it would be read from dresidual, so that dx does not depend on whether that is wanted.
+        if constexpr (sizeof(T) == 2 && F::reads == Reads::z) {
+          if (tile.residual) {
+            unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
+              T rounded[kLanes<R>];
+              store(rounded, d.dz[j]);
+              d.dz[j] = load(rounded);
+            });
+          }
+        }
       }
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
         dx[j] = fma(d.dz[j], scale[j], fma(deviation[j], slope[j], shift[j])) * factor;
