@@ -94,6 +94,26 @@ def test_no_finite_gradient_overflows_or_vanishes(module, where, dtype, p):
         _assert_norms(module, [torch.ones(5, device=where), torch.cat([x * 2**-10, x])], p)
 
 
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, INF])
+@pytest.mark.parametrize("dtype", ops.FLOATING_DTYPES, ids=str)
+def test_tiles_of_growing_and_shrinking_magnitude(monkeypatch, dtype, p):
+    """A program that walks several tiles scales its sums anew when it meets a larger element."""
+    from vgkern.kernels import gradient_norm
+
+    monkeypatch.setattr(gradient_norm, "_PROGRAMS", 3)
+    monkeypatch.setattr(gradient_norm, "_LISTS", type(gradient_norm._LISTS)())
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    steps = torch.tensor([1.0, 1.0, 2.0**5, 2.0**5, 2.0**-3, 2.0**7]).repeat_interleave(2048)
+    x = (torch.randn(steps.numel()) * steps)[:-100].to(where, dtype)
+    tensors = [x, x[1:5000], x[:3]]
+    assert gradient_norm._describe(tensors).tiles_per_chunk > 2
+    _assert_norms(triton_backend, tensors, p)
+    tensors = [t.clone() for t in tensors]
+    expected = [(t.double() * 0.25).to(dtype) for t in tensors]
+    triton_backend.scale_gradients_(tensors, torch.tensor(0.25, dtype=torch.float64, device=where))
+    assert all(torch.equal(got, wanted) for got, wanted in zip(tensors, expected, strict=True))
+
+
 def test_the_norm_is_good_to_1e_7_where_float32_sums_are_not(module, where):
     for dtype, size in itertools.product((torch.float32, torch.bfloat16), (3, 70001)):
         for x in (torch.full((size,), 1.1), torch.rand(size) + 1.0, torch.randn(size) * 1e-3):
