@@ -31,10 +31,10 @@ before it writes dx, and so its norm. The passes that write dx in their first la
 in the place of ``backward_finish``; it reads no tensor where the norm is within the bounds, and else writes dx again.
 
 **Accuracy.** Statistics are sums of d and d², in float64, of d = x minus the channel's first element. With that offset
-an x of any mean costs no digits, for the element subtracted is one of the sample: Σd² is at most about m times the sum of
-squares about the mean, so the variance's relative error is below m·2⁻⁵³. A constant channel has mean = that constant and
-variance = 0 exactly. Products of dz are float64 from the start. What multiplies or is subtracted from every element
-(mean, γ·r, dβ/m) comes in two parts, high and low, so that its rounding does not add up.
+an x of any mean costs no digits, for the element subtracted is one of the sample: Σd² is at most some m times the sum
+of squares about the mean, so the variance's relative error is of the order of m·2⁻⁵³ at most. A constant channel has
+mean = that constant and variance = 0 exactly. Products of dz are float64 from the start. What multiplies or is
+subtracted from every element (mean, γ·r, dβ/m) comes in two parts, high and low, so that its rounding does not add up.
 
 **The norm of dx** is the closed form, whose terms are float64 sums of exact products: where it cancels it still has
 seven digits as long as ‖dx‖ is above 2⁻²⁰ of ‖γ·r·dz‖ or so. Below that, dx is hardly more than what rounding dz to
@@ -213,13 +213,13 @@ def _store_tally(tallies_ptr, row, groups):
 
 # -- reductions --------------------------------------------------------------------------------------------------------
 #
-# A loop over tiles adds up what each thread holds, and threads meet once, after it: a reduction over threads a tile would
-# be a barrier a tile, with nothing in flight behind it.
+# A loop over tiles adds up what each thread holds, and threads meet once, after it: a reduction over threads in each
+# tile would be a barrier in each tile, with nothing in flight behind it.
 
 
 @triton.jit
 def _groups(block, ROWS: tl.constexpr, GROUP: tl.constexpr):
-    """A tile with an axis of GROUP elements of one channel that one thread holds: the first in rows, the last in planes."""
+    """A tile with an axis of GROUP elements of one channel that one thread holds: first in rows, last in planes."""
     RUNS: tl.constexpr = block.shape[0]
     INNER: tl.constexpr = block.shape[1]
     if ROWS:
@@ -311,7 +311,8 @@ def _moments(x, origin, ROWS: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def _statistics(origin, total, squares, channel_size, eps, statistics_ptr, channel, present, num_channels, save):
-    """mean and rstd of each channel from Σ(x − origin) and Σ(x − origin)²; if ``save``, written with the unbiased variance."""
+    """mean and rstd of each channel from Σ(x − origin) and Σ(x − origin)²; if ``save``, these are written, with the
+    unbiased variance."""
     offset = total / channel_size
     squares = squares - total * offset
     squares = tl.where(squares < 0, 0.0, squares)  # not tl.maximum, which drops NaN
@@ -549,7 +550,7 @@ def forward_apply_kernel(
     """y = φ(γ·x̂ + β + residual), from partial sums, from running statistics, or without normalisation.
 
     Units: 3 + mask. Reads x and residual, writes y and the mask; 2 without residual. Each program merges the partial
-    sums of its own channels; the first split's programs write statistics, float64 (3, C): mean, rstd, unbiased variance.
+    sums of its own channels; the first split's write statistics, float64 (3, C): mean, rstd, unbiased variance.
     """
     NORMALISE: tl.constexpr = statistics_ptr is not None
     first_channel, channel, present, split, first, last = _program(
@@ -716,8 +717,8 @@ def backward_channel_kernel(
 ):  # fmt: skip
     """All of the backward over the batch's statistics in one pass, for channels that fit a program's registers.
 
-    Units: 4 + mask. Reads dy, x and the mask (residual only where z is needed), writes dx and dresidual. Sums and tallies
-    as ``backward_reduce``, with one split.
+    Units: 4 + mask. Reads dy, x and the mask (residual only where z is needed), writes dx and dresidual. Sums and
+    tallies as ``backward_reduce``, with one split.
     """
     first_channel, channel, present, _, _, _ = _program(tl.program_id(0), num_channels, 1, 1, CHANNELS)
     affine, mean, rstd, scale = _saved(
@@ -877,7 +878,8 @@ def backward_apply_kernel(
     dy_ptr, x_ptr, residual_ptr, mask_ptr, statistics_ptr, weight_ptr, bias_ptr, slope_ptr,
     dx_ptr, dresidual_ptr, sums_ptr, tallies_ptr, dweight_ptr, dbias_ptr, dslope_ptr, record_ptr,
     eps: tl.float64, min_norm: tl.float64, max_norm: tl.float64,
-    num_outer, num_channels, inner_size, num_tiles, tiles_per_split, num_splits, channel_size, num_programs, num_elements,
+    num_outer, num_channels, inner_size, num_tiles, tiles_per_split, num_splits, channel_size,
+    num_programs, num_elements,
     OVER_BATCH: tl.constexpr, BOUNDED: tl.constexpr, IF_OUT_OF_BOUNDS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, SHARED_SLOPE: tl.constexpr,
     READS_Z: tl.constexpr, SLOPE_STRIDE: tl.constexpr, BACKWARD: tl.constexpr, ON: tl.constexpr, ARGS: tl.constexpr,
@@ -942,7 +944,7 @@ _FORWARD_TENSORS = ("x_ptr", "residual_ptr", "y_ptr", "mask_ptr")
 _BACKWARD_TENSORS = ("dy_ptr", "x_ptr", "residual_ptr", "mask_ptr", "dx_ptr", "dresidual_ptr")
 
 #: Of each kernel, the arguments that are tensors of x's size, or the mask. What is given is read or written in full,
-#: once; what is not needed is None. The kernel's units count these, and workspaces and per-channel tensors are not in it.
+#: once; what is not needed is None. The kernel's units count these, not workspaces and per-channel tensors.
 TENSORS: dict[str, tuple[str, ...]] = {
     "forward_statistics_kernel": ("x_ptr",),
     "forward_apply_kernel": _FORWARD_TENSORS,
@@ -1011,7 +1013,7 @@ class Shape(NamedTuple):
 
 @contextlib.contextmanager
 def _on_device(device: torch.device) -> Iterator[None]:
-    """Launch on that device; under the interpreter, without numpy's warnings of inf and NaN, which a GPU has as well."""
+    """Launch on that device; under the interpreter, without numpy's warnings of the infs and NaNs of a GPU."""
     if INTERPRETED:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)

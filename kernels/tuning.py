@@ -38,26 +38,26 @@ class Limits:
     reason: str = ""
 
 
-#: Elements of x from which a tensor is "large": 16 MiB of float32. Below, all that a layer reads and writes stays in the
-#: L2 cache of an A100 or H100 (40, 50 MB), and a kernel takes ten microseconds or so.
+#: Elements of x from which a tensor is "large": 16 MiB of float32. Below, much of what a layer reads and writes stays
+#: in the L2 cache of an A100 or H100 (40, 50 MB), and a kernel takes ten microseconds or so.
 LARGE = 2**22
 
 _FEW = "stays in L2, where what counts is latency: half the programs, and sums that the next launch merges in one step"
 
 # By layout, element and size class; the same on CUDA and ROCm, and whatever the device, so that the bits of a result do
 # not depend on it. Beyond each row's reason:
-# * 128 float32 or 256 halves a warp are one 16-byte load a thread of 32 and tensor. Twice that gave backward_reduce, for
-#   sm_90, 138 and 160 registers in place of 90 and 121.
+# * 128 float32 or 256 halves a warp are one 16-byte load a thread of 32 and tensor. Twice that gave backward_reduce of
+#   float32, for sm_90, 138 (planes) and 160 registers (rows) in place of 90 and 121.
 # * 8192 resident elements are 16 a thread of 16 warps: forward_channel keeps one tensor of that size in registers,
 #   backward_channel two of half of it. float64 takes two registers an element: half of everything.
-# * Every program of the pass that follows reads the partial sums of all splits of its channels, C·splits²·16 bytes in all,
-#   from L2. In planes 1024 programs, some eight for each multiprocessor of the largest devices, are 16 splits of 64
-#   channels: nothing. In rows, whose programs own 32 channels, as many would be 128 splits and up to 43 % of what x,
-#   residual and y are (256 channels of 56 × 56 halves, batch 32): 256 programs and 64 splits make it 3 %, and 11 % at
-#   worst (64 channels).
+# * Every program of the pass that follows reads the partial sums of all splits of its channels, from L2: in all
+#   C·splits²·16 bytes. In planes 1024 programs, some eight for each multiprocessor of the largest devices, are 16
+#   splits of 64 channels: nothing. In rows, whose programs own 32 channels, as many would be 128 splits and up to 43 %
+#   of what x, residual and y are (256 channels of 56 × 56 halves, batch 32): 256 programs and 64 splits make it 3 %,
+#   and 11 % at worst (64 channels).
 # * The float64 sums of backward_reduce fill registers. For sm_90 it takes 90 to 102 in planes and 121 in rows: two
-#   programs of eight warps a multiprocessor, occupancy 25 %. In rows of halves, where a thread has eight channels, it is
-#   200: one program, 12 %. So bytes in flight come from stages, by asynchronous copies to shared memory that cost no
+#   programs of eight warps a multiprocessor, occupancy 25 %. In rows of halves, where a thread has eight channels, it
+#   is 200: one program, 12 %. So bytes in flight come from stages, by asynchronous copies to shared memory that cost no
 #   register: 24 and (rows of halves) 32 KB of two tensors a program.
 # * In planes, loops that write have an occupancy of 50 % and more without stages (with three, ptxas spilled
 #   backward_apply of float32); in rows it is 25 to 50 %, and stages help.
@@ -98,8 +98,9 @@ TABLE: dict[tuple[str, str, str], Limits] = {
 class Blocks:
     """The cut of one tensor; sizes of blocks are powers of two, ``channels`` are a program's.
 
-    ``vector``: elements of 16 bytes. ``group``: how many elements of a channel one thread holds side by side (planes) or in rows far apart (rows): their
-    sum needs no other thread. ``resident``: one tile holds all elements of a program's channels.
+    ``vector``: elements of 16 bytes. ``group``: how many elements of a channel one thread holds side by side (planes)
+    or in rows far apart (rows): their sum needs no other thread. ``resident``: one tile holds all elements of a
+    program's channels.
     """
 
     runs: int

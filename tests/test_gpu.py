@@ -1,6 +1,6 @@
 """What only a GPU can show: graphs, streams, compilation, two devices, autocast; and the grid again, on the device.
 
-The bodies that need no device of their own run here on the CPU as well, in Triton's interpreter, so that they do not fail
+The bodies that need no device of their own run on the CPU as well, in Triton's interpreter, so that they do not fail
 for a silly reason on the first GPU that they meet.
 """
 
@@ -91,7 +91,7 @@ def test_compiled_is_eager(device):
 
 @anywhere
 def test_autocast_with_a_grad_scaler(device):
-    """A step with a finite scale trains; one that overflows leaves the parameters, and the record counts the infinities."""
+    """A step with a finite scale trains; one that overflows leaves the parameters, and the record counts infinities."""
     model = Block().to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     dtype = torch.float16 if device == "cuda" else torch.bfloat16

@@ -119,9 +119,9 @@ def _add_verify(commands: Any, name: str) -> None:
 def _add_tune(commands: Any, name: str) -> None:
     parser = _add(
         commands, name, _tune, "time the Triton kernels' block sizes on this GPU",
-        "Prints rows in the form of the table in kernels/tuning.py, each with its reason; a row that no candidate beats "
-        "by 2 % stays as it is. Takes minutes. Nothing is changed: results are the same bits on every GPU only as long "
-        "as all use one table.",
+        "Prints rows in the form of the table in kernels/tuning.py, each with its reason; a row that no candidate "
+        "beats by 2 % stays as it is. Takes minutes and changes nothing: a pinned table is what makes a result's bits "
+        "independent of the GPU's size.",
     )  # fmt: skip
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...")
     parser.add_argument("--out", metavar="FILE", default=argparse.SUPPRESS, help="write the rows to FILE")

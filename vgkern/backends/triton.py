@@ -1,9 +1,9 @@
 """The operators on GPUs, by the Triton kernels of ``kernels/``; on CPU tensors under Triton's interpreter.
 
 To ``torch.compile`` they are opaque: the contract's schemas and fakes, and no ``torch.library.triton_op`` with
-``wrap_triton``. Under fake tensors, which Inductor runs every operator on several times, a forward takes 1.1 ms here and
-2.7 ms there, where the launcher itself runs on fakes (medians of 100 interleaved calls on a busy CPU, (32, 64, 56, 56),
-torch 2.13.0); and Inductor fuses nothing into a kernel that it did not write. CUDA graphs capture both alike.
+``wrap_triton``. Under fake tensors, on which Inductor runs every operator several times, a forward takes 1.1 ms here,
+and 2.7 ms there, where the launcher itself runs on fakes (medians of 100 interleaved calls on a busy CPU, torch 2.13.0,
+x of (32, 64, 56, 56)); and Inductor fuses nothing into a kernel that it did not write. CUDA graphs capture both alike.
 """
 
 from __future__ import annotations
