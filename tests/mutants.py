@@ -212,7 +212,7 @@ def build(tree: Path) -> None:
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
     if done.returncode or "error" in done.stderr.lower():
-        raise RuntimeError(f"the extension does not build:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"the extension does not build, exit status {done.returncode}:\n{done.stderr[-3000:]}")
 
 
 def rebuild(tree: Path, file: str) -> None:

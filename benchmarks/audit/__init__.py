@@ -34,7 +34,7 @@ def _lines_of(module: str, *arguments: str, interpret: bool = False) -> list[dic
     root = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise Failed(f"{module} {' '.join(arguments)}: {done.stderr.strip()[-2000:]}")
+        raise Failed(f"{module} {' '.join(arguments)}, exit status {done.returncode}: {done.stderr.strip()[-2000:]}")
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 

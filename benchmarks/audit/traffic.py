@@ -16,7 +16,7 @@ import torch
 from . import layers
 
 #: Elements of the tensors, about: some tens of tiles.
-ELEMENTS = 40000
+ELEMENTS = 16000
 
 
 def _small(layer: layers.Layer) -> layers.Layer:
