@@ -131,11 +131,13 @@ void update_running_statistics(Pointer statistics, int64_t channels, double mome
   if (num_batches_tracked.address) ++*to<int64_t>(num_batches_tracked);
 }
 
-void apply_math(const std::string& name, uintptr_t in, uintptr_t out, int64_t count, bool is_double) {
+void apply_math(const std::string& name, uintptr_t in, uintptr_t out, int64_t count, const std::string& kind) {
   const KernelTable& table = kernels();
   const Pointer from{in}, to_{out};
-  const bool known = is_double ? table.apply_math_double(name.c_str(), to<const double>(from), to<double>(to_), count)
-                               : table.apply_math_float(name.c_str(), to<const float>(from), to<float>(to_), count);
+  const auto in_float = kind == "coarse" ? table.apply_math_coarse : table.apply_math_float;
+  const bool known = kind == "float64"
+                         ? table.apply_math_double(name.c_str(), to<const double>(from), to<double>(to_), count)
+                         : in_float(name.c_str(), to<const float>(from), to<float>(to_), count);
   if (!known) throw std::invalid_argument("no mathematical function '" + name + "'");
 }
 
@@ -231,8 +233,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &available_isas, "Instruction sets that this machine runs, the best first.");
   m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");
   m.def("apply_math", &apply_math, py::arg("name"), py::arg("in_ptr"), py::arg("out_ptr"), py::arg("n"),
-        py::arg("is_double"),
-        "A function of csrc/simd_math.h over an array, in the instruction set in use; for tests.");
+        py::arg("kind"),
+        "A function of csrc/simd_math.h over an array, in the instruction set in use; for tests. The kind is float32, "
+        "coarse (float32 as half-precision tensors are computed with) or float64.");
   m.def("pool_tensor", &pool_tensor, py::arg("shape"), py::arg("strides"), py::arg("code_and_bits"),
         "DLPack capsule of an uninitialised dense tensor in memory of the pool; None where there is none.");
   m.def("pool_stats", &pool_stats, "The fields of vgkern.memory.MemoryStats, in order.");

@@ -123,17 +123,18 @@ def _backward(ctx, dy, run):
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _second_order(ctx, dy, x, residual, mask, weight, bias, activation_weight, running_mean, running_var)
     need_x, need_residual, need_weight, need_bias, need_activation_weight, need_record, *_ = ctx.needs_input_grad
-    # Without normalisation dz is dx: one tensor serves both.
+    # One tensor serves both: without normalisation dz is dx; without an activation it is dy.
     shared = statistics is None and config.min_norm == 0 and config.max_norm == math.inf
     need_dx = need_x or (shared and need_residual)
+    passed_on = config.activation == "identity" and not shared
     dx, dresidual, dweight, dbias, dactivation_weight, record = run(
         dy, x, residual, mask, statistics, weight, bias, activation_weight,
         config.training, config.eps, config.activation, config.args, config.min_norm, config.max_norm,
-        [need_dx, need_residual and not shared, need_weight, need_bias, need_activation_weight, need_record],
+        [need_dx, need_residual and not (shared or passed_on), need_weight, need_bias, need_activation_weight, need_record],
     )  # fmt: skip
     return (
         dx if need_x else None,
-        (dx if shared else dresidual) if need_residual else None,
+        (dx if shared else dy if passed_on else dresidual) if need_residual else None,
         dweight if need_weight else None,
         dbias if need_bias else None,
         dactivation_weight.view_as(activation_weight) if need_activation_weight else None,
