@@ -127,10 +127,11 @@ def _backward(ctx, dy, run):
     shared = statistics is None and config.min_norm == 0 and config.max_norm == math.inf
     need_dx = need_x or (shared and need_residual)
     passed_on = config.activation == "identity" and not shared
+    want_dresidual = need_residual and not (shared or passed_on)
     dx, dresidual, dweight, dbias, dactivation_weight, record = run(
         dy, x, residual, mask, statistics, weight, bias, activation_weight,
         config.training, config.eps, config.activation, config.args, config.min_norm, config.max_norm,
-        [need_dx, need_residual and not (shared or passed_on), need_weight, need_bias, need_activation_weight, need_record],
+        [need_dx, want_dresidual, need_weight, need_bias, need_activation_weight, need_record],
     )  # fmt: skip
     return (
         dx if need_x else None,
