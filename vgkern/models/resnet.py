@@ -22,6 +22,11 @@ _BLOCKS = {
     (False, True): PreActBasicBlock,
     (True, True): PreActBottleneck,
 }
+#: fused → what batch norms and sums outside of them are made of
+_LAYERS: dict[bool, tuple[Callable[..., nn.Module], ...]] = {
+    True: (BatchNormAct2d, AddAct),
+    False: (PlainBatchNormAct2d, PlainAddAct),
+}
 
 
 class ResNet(nn.Module):
@@ -78,10 +83,7 @@ class ResNet(nn.Module):
         if zero_init_residual and shortcut is None:
             raise ValueError("zero_init_residual: with γ = 0 nothing passes a block without a shortcut")
         activated: dict[str, Any] = {"activation": activation, "activation_args": activation_args}
-        layers: tuple[Callable[..., nn.Module], Callable[..., nn.Module]]
-        layers = (BatchNormAct2d, AddAct) if fused else (PlainBatchNormAct2d, PlainAddAct)
-        norm: Callable[..., nn.Module] = functools.partial(layers[0], **activated)
-        add_act: Callable[..., nn.Module] = functools.partial(layers[1], **activated)
+        norm, add_act = (functools.partial(layer, **activated) for layer in _LAYERS[fused])
         if grad_norm_bounds is not None:
             if not fused:
                 raise ValueError(f"grad_norm_bounds: only fused layers have them, got {grad_norm_bounds}, fused=False")
