@@ -185,6 +185,8 @@ class Training:
 
     def train_step(self) -> None:
         images, labels = self.batch()
+        if self.args.monitor:
+            reset_gradient_health(self.model)
         self.net.train()
         self.optimizer.zero_grad()
         with self.autocast():
@@ -229,12 +231,12 @@ class Training:
     # A checkpoint is written beside the last one and then takes its name: a kill leaves the one or the other.
 
     def save(self, path: Path) -> None:
-        mine = [torch.get_rng_state()]
+        mine = {"random": [torch.get_rng_state()], "losses": [loss.cpu() for loss in self.losses]}
         if self.where.device.type == "cuda":
-            mine.append(torch.cuda.get_rng_state(self.where.device))
-        random: list[Any] = [mine] * self.where.size
+            mine["random"].append(torch.cuda.get_rng_state(self.where.device))
+        processes = [mine] * self.where.size
         if self.where.size > 1:
-            dist.all_gather_object(random, mine)
+            dist.all_gather_object(processes, mine)
         if self.where.rank:
             return
         state = {
@@ -243,9 +245,8 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random": random,
+            "processes": processes,
             "step": self.step,
-            "losses": self.losses,
             "history": self.history,
         }
         beside = path.with_suffix(".new")
@@ -267,24 +268,31 @@ class Training:
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.history = state["step"], state["history"]
-        self.losses = [loss.to(self.where.device) for loss in state["losses"]]
-        mine = state["random"][self.where.rank]
-        torch.set_rng_state(mine[0])
+        mine = state["processes"][self.where.rank]
+        self.losses = [loss.to(self.where.device) for loss in mine["losses"]]
+        torch.set_rng_state(mine["random"][0])
         if self.where.device.type == "cuda":
-            torch.cuda.set_rng_state(mine[1], self.where.device)
+            torch.cuda.set_rng_state(mine["random"][1], self.where.device)
 
 
 def _binding(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in FREE} | {"data": Path(args.data).name}
 
 
-def gradient_health(model: nn.Module) -> dict[str, float]:
-    """What this epoch's backward passes reported: how much of the gradient reaches the first fused layer, and how
-    many units of the worst layer are dead. Nothing for a plain net, whose layers do not report."""
-    layers = [module for module in model.modules() if hasattr(module, "grad_stats")]
-    stats = [layer.grad_stats() for layer in layers]
-    for layer in layers:
+def _reporting(model: nn.Module) -> list[Any]:
+    """The layers whose backward passes report; none in a plain net."""
+    return [module for module in model.modules() if hasattr(module, "grad_stats")]
+
+
+def reset_gradient_health(model: nn.Module) -> None:
+    for layer in _reporting(model):
         layer.reset_grad_stats()
+
+
+def gradient_health(model: nn.Module) -> dict[str, float]:
+    """What the last step's backward pass reported: how much of the gradient reaches the first fused layer, and how many
+    units of the worst layer are dead."""
+    stats = [layer.grad_stats() for layer in _reporting(model)]
     if not stats:
         return {}
     return {
@@ -379,7 +387,7 @@ def parser() -> argparse.ArgumentParser:
     add("--momentum", type=float, default=0.9, help="(default: %(default)s)")
     add("--weight-decay", type=float, default=1e-4, help="(default: %(default)s)")
     add("--clip", type=float, metavar="NORM", help="the largest norm of all gradients together")
-    add("--monitor", action="store_true", help="add what the backward passes reported to each epoch's line")
+    add("--monitor", action="store_true", help="add what the last backward pass reported to each epoch's line")
     add("--amp", action="store_true", help="mixed precision: bfloat16 on a CPU, float16 with loss scaling on a GPU")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights and order (default: %(default)s)")
