@@ -29,9 +29,12 @@ TINY = ("--depth", "8", "--width", "4", "--batch-size", "256")
 EPOCHS = 12
 STEPS = EPOCHS * (1347 // 256)
 
-#: Imports torch once and forks processes from there: each starts in milliseconds, and may be killed like any other.
+#: Imports everything once (an optimiser needs torch._dynamo, which takes seconds) and forks processes from there: each
+#: starts in milliseconds, and may be killed like any other.
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["torch", "vgkern", "sklearn.datasets", "sklearn.model_selection", "rich.progress"])
+_FORKS.set_forkserver_preload(
+    ["torch._dynamo", "vgkern", "sklearn.datasets", "sklearn.model_selection", "rich.progress"]
+)
 
 
 def _example():
