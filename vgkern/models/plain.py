@@ -20,7 +20,7 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu_}
 
 
 def _activate(layer: ActivationMixin, z: Tensor) -> Tensor:
-    """φ(z), in place where PyTorch can; z is a temporary."""
+    """φ(z), in place where PyTorch can."""
     spec = layer.activation
     if spec.name in _IN_PLACE:
         return _IN_PLACE[spec.name](z)
@@ -51,7 +51,10 @@ class PlainBatchNormAct2d(ActivationMixin, nn.BatchNorm2d):
 
 
 class PlainAddAct(ActivationMixin):
-    """``act(input + residual)`` in two operations: :class:`vgkern.nn.AddAct` on ``torch.nn``."""
+    """``act(input + residual)`` in two operations, or ``act(input)``: :class:`vgkern.nn.AddAct` on ``torch.nn``.
+
+    Without a residual ``input`` itself is overwritten where PyTorch can, as by ``nn.ReLU(inplace=True)``.
+    """
 
     def __init__(
         self, *, activation: str | nn.Module | None = "relu", activation_args: Mapping[str, Any] | None = None
@@ -59,8 +62,8 @@ class PlainAddAct(ActivationMixin):
         super().__init__()
         self._init_activation(activation, activation_args, None, None)
 
-    def forward(self, input: Tensor, residual: Tensor) -> Tensor:
-        return _activate(self, input + residual)
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return _activate(self, input if residual is None else input + residual)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
