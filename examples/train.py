@@ -7,7 +7,8 @@
 --plain trains the same net made of torch.nn layers. Each epoch prints a line and the end a summary; a bar on a terminal
 shows the steps, and where TensorBoard is installed its files are in OUT/tensorboard. OUT/checkpoint.pt always holds a
 whole state: start the same command again with --resume after a kill, and the final weights are, to the bit, those of a
-run that was never interrupted. Needs the extra: pip install 'vgkern[demo]'.
+run that was never interrupted (on a GPU, as far as its kernels repeat their bits).
+Needs the extra: pip install 'vgkern[demo]'.
 """
 
 from __future__ import annotations
@@ -29,13 +30,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 import vgkern
+
+try:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+except ImportError as error:
+    sys.exit(f"train.py: {error}: pip install 'vgkern[demo]'")
 
 MODELS = tuple(name for name in vgkern.models.__all__ if name != "ResNet")
 #: Options that change nothing of what is computed: a run may be resumed with others.
@@ -295,8 +300,9 @@ def gradient_health(model: nn.Module) -> dict[str, float]:
     stats = [layer.grad_stats() for layer in _reporting(model)]
     if not stats:
         return {}
+    first, last = stats[0].grad_output_norm, stats[-1].grad_output_norm
     return {
-        "grad_first_to_last": stats[0].grad_output_norm / stats[-1].grad_output_norm,
+        "grad_first_to_last": first / last if last else math.nan,
         "dead_most": max(each.dead_fraction for each in stats),
     }
 
@@ -347,7 +353,10 @@ def train(args: argparse.Namespace, where: World, console: Console) -> dict[str,
 def _progress(where: World) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=where.rank > 0 or not console.is_terminal)
+    return Progress(
+        *columns, console=console, transient=True, disable=where.rank > 0 or not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),  # else what goes to a file or pipe would go to the terminal
+    )  # fmt: skip
 
 
 def _writer(out: Path, step: int) -> Any:
@@ -409,9 +418,14 @@ def main(argv: list[str] | None = None) -> int:
             summary = train(args, where, console)
         except (ValueError, OSError) as error:
             arguments.error(str(error))
+        except ImportError as error:
+            arguments.error(f"{error}: pip install 'vgkern[demo]'")
         except FloatingPointError as error:
             print(f"train.py: {error}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            print("train.py: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+            return 130
         console.print(
             f"test accuracy {summary['test_accuracy']:.2%}, {summary['parameters']:,} parameters, "
             f"{summary['seconds_per_step'] * 1e3:.1f} ms a step with evaluation and checkpoints",

@@ -198,6 +198,48 @@ def test_mixed_precision_on_the_cpu(example, run, tmp_path, arguments, monkeypat
     assert all(value.dtype is not torch.bfloat16 for value in _state(tmp_path / "out")["model"].values())
 
 
+def test_tensorboard_gets_each_epochs_row(example, run, tmp_path, monkeypatch):
+    written = []
+
+    class Writer:
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def close(self):
+            written.append("closed")
+
+    started = []
+    monkeypatch.setattr(example, "_writer", lambda out, step: started.append((out, step)) or Writer())
+    run("--json", tmp_path / "run.json")
+    history = json.loads((tmp_path / "run.json").read_text())["history"]
+    rows = [(name, value, 5 * row["epoch"]) for row in history for name, value in row.items()]
+    assert written == [*rows, "closed"]
+    assert started == [(tmp_path / "out", 0)]
+
+
+def test_the_files_of_tensorboard(run, tmp_path):
+    pytest.importorskip("tensorboard")
+    run()
+    assert list((tmp_path / "out" / "tensorboard").glob("events.*"))
+
+
+def test_an_interrupted_run_says_how_to_go_on(example, run, tmp_path, monkeypatch):
+    step, taken = example.Training.train_step, []
+
+    def interrupted(self):
+        if len(taken) == 7:
+            raise KeyboardInterrupt
+        taken.append(step(self))
+
+    monkeypatch.setattr(example.Training, "train_step", interrupted)
+    assert run()[0] == 130
+    assert _step(tmp_path / "out") == 5
+    monkeypatch.undo()
+    status, printed = run("--resume")
+    assert status == 0
+    assert "resumed at step 5 of 10" in printed
+
+
 def test_clipping_holds_the_norm(example, run, monkeypatch):
     norms = []
     step = torch.optim.SGD.step
@@ -256,9 +298,8 @@ def test_a_run_is_not_overwritten_and_not_mixed_with_another(run, tmp_path, caps
     assert run("--resume")[0] == 0  # nothing is left to do, and it says how it ended
 
 
-def test_a_loss_that_is_no_number_stops_the_run(run, capsys):
-    status, _ = run("--lr", "1e30")
-    assert status == 1
+def test_a_loss_that_is_no_number_stops_the_run(run):
+    assert run("--lr", "1e30")[0] == 1
 
 
 def test_help_names_every_option(example, capsys):
