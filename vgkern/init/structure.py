@@ -80,7 +80,7 @@ def read(model: nn.Module) -> Structure:
 
 def _read(module: nn.Module, structure: Structure) -> bool:
     """Whether ``module`` itself could be traced; if not, its children have been, as far as they can be."""
-    if isinstance(module, WEIGHTED) or not any(True for _ in module.children()):
+    if isinstance(module, WEIGHTED) or next(module.children(), None) is None:
         return False
     try:
         graph = _Tracer().trace(module)

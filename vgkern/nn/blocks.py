@@ -8,7 +8,7 @@ activation come before each convolution and the sum is passed on as it is.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -131,10 +131,9 @@ class _Block(nn.Module):
         self.add_act: nn.Module | None = add_act() if self._sum_is_apart else None
 
     def _layers(self) -> list[tuple[nn.Module, nn.Module]]:
-        return [
-            (self.get_submodule(f"conv{number}"), self.get_submodule(f"bn{number}"))
-            for number in range(1, len(self.convolutions) + 1)
-        ]
+        """The pairs of convolution and batch norm, in order."""
+        modules: dict[str, Any] = self._modules  # a tenth of get_submodule's time, which counts with small images
+        return [(modules[f"conv{number}"], modules[f"bn{number}"]) for number in range(1, len(self.convolutions) + 1)]
 
 
 def _without_activation(norm: Callable[..., nn.Module], channels: int) -> nn.Module:
