@@ -376,7 +376,11 @@ def parser() -> argparse.ArgumentParser:
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = made.add_argument
-    add("--data", default="digits", help="digits, or the folder of CIFAR-10's python version (default: %(default)s)")
+    add(
+        "--data",
+        default="digits",
+        help="digits, or the folder of CIFAR-10's python version, pickles: one you trust (default: %(default)s)",
+    )
     add("--model", choices=MODELS, default="cifar_resnet", help="of vgkern.models (default: %(default)s)")
     add("--depth", type=int, default=20, help="of cifar_resnet, 6n + 2: 20, 56, 110, ... (default: %(default)s)")
     add("--width", type=int, default=16, help="of cifar_resnet: channels of its first stage (default: %(default)s)")
