@@ -380,7 +380,7 @@ def test_processes_share_out_each_batch(example):
 
 @pytest.mark.slow
 def test_torchrun(tmp_path):
-    """What the next test does with torchrun's variables, by torchrun itself; its three processes import torch for 10 s."""
+    """What the next test does with torchrun's variables, by torchrun itself, whose processes take 10 s to start."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT), *TINY,
         "--epochs", "1", "--stochastic-depth", "0.5", "--clip", "1", "--out", str(tmp_path / "out"),
