@@ -7,9 +7,24 @@ import warnings
 from . import activations, backends, functional, gradients, memory, nn, testing
 from ._version import __version__
 from .backends import cpu as _cpu
+from .fusion import fold, fuse, fusion_report, unfuse
 from .verify import verify
 
-__all__ = ["__version__", "activations", "backends", "functional", "gradients", "memory", "nn", "testing", "verify"]
+__all__ = [
+    "__version__",
+    "activations",
+    "backends",
+    "fold",
+    "functional",
+    "fuse",
+    "fusion_report",
+    "gradients",
+    "memory",
+    "nn",
+    "testing",
+    "unfuse",
+    "verify",
+]
 
 if _reason := _cpu.unavailable():
     warnings.warn(
