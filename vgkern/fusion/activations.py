@@ -58,6 +58,7 @@ _MODULES = tuple(row.module for row in TABLE.values() if row.name != "identity")
 
 
 def has_hooks(module: nn.Module) -> bool:
+    """Whether anybody watches the calls of a module."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(vars(module).get(name) for name in hooks)
 

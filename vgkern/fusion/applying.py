@@ -39,6 +39,8 @@ def apply(plan: Plan, root: nn.Module) -> None:
             node = match.act.node
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             changes.graph(match.trace).erase_node(node)
+        if match.guarded:
+            changes.graph(match.trace)
     in_place: dict[int, bool] = {}
     for sum_ in plan.add_acts:
         in_place[id(sum_.act.module)] = sum_.in_place
@@ -58,7 +60,7 @@ def apply(plan: Plan, root: nn.Module) -> None:
         to_add_act(module, in_place[id(module)])
     modules = dict(root.named_modules())
     for name, reason in plan.left.items():
-        modules[name].__dict__["_fusion_left"] = reason
+        modules[name].__dict__.setdefault("_fusion_left", reason)  # fused before: why it was left then
 
 
 def _rewrite_sum(match: Match, changes: _Changes) -> None:

@@ -22,7 +22,7 @@ from ..ops import FLOATING_DTYPES
 from .activations import Act, activation_of, has_hooks
 from .layers import FUSED
 from .rewriting import is_rewritten
-from .tracing import Trace, called_outside_forward, opened_attributes, trace
+from .tracing import Trace, alternatives, called_outside_forward, opened_attributes, trace, what_is_asked
 
 __all__ = ["AddActMatch", "Analysis", "Match", "Plan", "is_sequential", "make_plan"]
 
@@ -55,6 +55,7 @@ class Match:
     add: fx.Node | None = None
     in_place: bool = False
     act: Act | None = None
+    guarded: bool = False  # the forward is replaced for the sake of the flags that it has settled
 
     @property
     def trace(self) -> Trace:
@@ -86,6 +87,8 @@ class AddActMatch:
 
 @dataclass
 class Plan:
+    """What is to be changed, and what is left."""
+
     matches: list[Match]
     add_acts: list[AddActMatch]
     left: dict[str, str]  # name of a batch norm -> why
@@ -95,6 +98,7 @@ class Plan:
 
 
 def is_sequential(module: nn.Module) -> bool:
+    """Whether a module calls its members one after the other."""
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
@@ -113,15 +117,17 @@ def _has_code_of_its_own(module: nn.Module) -> bool:
 
 
 class Analysis:
+    """A model as far as its forwards show it: who calls what, and whose parent is who."""
+
     def __init__(self, root: nn.Module) -> None:
         self.root = root
         self.names = {id(module): name for name, module in root.named_modules()}
         self.parents: dict[int, list[nn.Module]] = defaultdict(list)
         self.paths: dict[int, list[str]] = defaultdict(list)
         self.traces: dict[int, Trace] = {}
-        for name, module in root.named_modules():
-            for key, child in module.named_children():
-                self.paths[id(child)].append(f"{name}.{key}".lstrip("."))
+        for name, module in root.named_modules(remove_duplicate=False):
+            self.paths[id(module)].append(name)
+        for module in root.modules():
             for child in module._modules.values():
                 if child is not None:
                     self.parents[id(child)].append(module)
@@ -366,6 +372,7 @@ def _check_rewriting(match: Match, rewritten: list[Trace]) -> None:
 
 
 def make_plan(analysis: Analysis) -> Plan:
+    """Settle every batch norm of the model."""
     root = analysis.root
     left: dict[str, str] = {}
     matches: list[Match] = []
@@ -387,7 +394,7 @@ def make_plan(analysis: Analysis) -> Plan:
         kept = []
         for match in matches:
             try:
-                _check_forwards(match, passed)
+                _check_forwards(match, matches, passed)
                 kept.append(match)
             except Refusal as error:
                 refuse(match.module, error)
@@ -417,8 +424,9 @@ def _settle_sums(matches: list[Match]) -> None:
                 match.add, match.act, match.in_place = None, None, False
 
 
-def _check_forwards(match: Match, passed: list[nn.Module]) -> None:
+def _check_forwards(match: Match, matches: list[Match], passed: list[nn.Module]) -> None:
     rewritten = []
+    match.guarded = False
     if match.add is not None:
         rewritten = [traced for traced, _ in match.path]
         if any(node.op == "placeholder" and str(node.target).startswith("*")
@@ -428,8 +436,52 @@ def _check_forwards(match: Match, passed: list[nn.Module]) -> None:
         if is_sequential(match.trace.module):
             raise Refusal("the activation that follows is shared with other places")
         rewritten = [match.trace]
+    elif match.act is not None:
+        _check_other_answers(match, matches)
+        if any(isinstance(value, bool) for value in match.trace.read.values()) and not match.trace.fixed:
+            match.guarded = not is_sequential(match.trace.module)
     if rewritten:
         _check_rewriting(match, rewritten)
+
+
+def _check_other_answers(match: Match, matches: list[Match]) -> None:
+    """Refuse an activation that would be missed, or be too much, where a forward that stays finds other arguments."""
+    assert match.act is not None
+    activation = match.act.module
+    asking = [traced for traced, _ in match.path if _asks(traced)]
+    members = {id(m.module) for m in matches if m.act is not None and m.act.module is activation}
+    for traced in asking:
+        refusal = Refusal(f"the forward of {type(traced.module).__name__} asks for types, and goes other ways by them")
+        graphs = alternatives(traced)
+        if graphs is None or len(match.path) > 1:
+            raise refusal
+        for graph in graphs:
+            other = Trace(traced.module, graph)
+            for node in graph.nodes:
+                callee = other.callee(node)
+                if callee is match.module:
+                    users = list(_past_identities(other, node).users)
+                    if len(users) != 1 or other.callee(users[0]) is not activation:
+                        raise refusal
+                elif callee is activation and id(other.callee(_before_identities(other, node.args[0]))) not in members:
+                    raise refusal
+
+
+def _asks(traced: Trace) -> bool:
+    kind: Any = type(traced.module)
+    return bool(what_is_asked(kind))
+
+
+def _past_identities(traced: Trace, node: fx.Node) -> fx.Node:
+    while len(node.users) == 1 and type(traced.callee(user := next(iter(node.users)))) is nn.Identity:
+        node = user
+    return node
+
+
+def _before_identities(traced: Trace, node: Any) -> Any:
+    while type(traced.callee(node)) is nn.Identity:
+        node = node.args[0]
+    return node
 
 
 def _passed_activations(analysis: Analysis, matches: list[Match]) -> list[nn.Module]:
@@ -472,6 +524,8 @@ def _add_acts(analysis: Analysis, matches: list[Match]) -> tuple[list[AddActMatc
                 continue
             if act.module is not None and (has_hooks(act.module) or len(analysis.parents[id(act.module)]) > 1):
                 continue
+            if any(argument.op == "get_attr" for argument in add.all_input_nodes):
+                continue  # it broadcasts
             target: Any = add.args[0]
             if in_place and (target.op != "call_module" or len(target.users) != 1):
                 continue  # somebody may see the tensor that it changes

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from . import runtime
 
-__all__ = ["is_rewritten", "replace_forward", "restore_forward", "takes_residual", "unrewritten"]
+__all__ = ["is_rewritten", "replace_forward", "restore_forward", "takes_residual"]
 
 _classes: dict[Any, type[nn.Module]] = {}
 _numbers = itertools.count(1)
@@ -97,14 +97,11 @@ def takes_residual(module: nn.Module, name: str) -> None:
 
 
 def is_rewritten(module: nn.Module) -> bool:
+    """Whether a module has a forward made here."""
     return "_fusion_base" in vars(type(module))
 
 
-def unrewritten(kind: type[nn.Module]) -> type[nn.Module]:
-    """The class that a rewritten one came from."""
-    return vars(kind).get("_fusion_base", kind)
-
-
 def restore_forward(module: nn.Module) -> None:
-    module.__class__ = unrewritten(type(module))
+    """Give a module back the class that it had."""
+    module.__class__ = type(module)._fusion_base  # type: ignore[attr-defined]
     vars(module).pop("_residual_to", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import functional
@@ -27,6 +28,7 @@ def _fits(x: Any, residual: Any) -> bool:
 
 
 def activate(spec: ActivationSpec, z: Tensor, weight: Tensor | None) -> Tensor:
+    """φ by PyTorch's own function."""
     return spec.row.reference(z, *spec.args) if weight is None else spec.row.reference(z, *spec.args, weight)
 
 
@@ -35,6 +37,8 @@ def add(layer: Any, x: Tensor, residual: Any) -> Tensor:
     fusion = vars(layer).get("_fusion")
     if fusion is None:
         raise RuntimeError(f"the fused layer was replaced by {layer!r}; unfuse the model first, or fuse it anew")
+    if residual is x and torch.compiler.is_compiling():
+        residual = x.view_as(x)  # one tensor as two arguments of an autograd.Function is more than dynamo takes
     if residual is None or _fits(x, residual):
         return layer(x, residual)
     spec, weight = layer.activation, layer.activation_weight

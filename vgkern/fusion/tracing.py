@@ -9,6 +9,7 @@ so that a forward made from the graph can notice when they change.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dis
 import functools
 import inspect
@@ -16,6 +17,7 @@ import operator
 import random
 import textwrap
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -23,7 +25,7 @@ import numpy
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["Trace", "called_outside_forward", "opened_attributes", "trace"]
+__all__ = ["Trace", "alternatives", "called_outside_forward", "opened_attributes", "trace", "what_is_asked"]
 
 #: Types of attribute that are settled in a graph, and can be compared later.
 _PLAIN = (bool, int, float, str)
@@ -125,22 +127,30 @@ def _random_state() -> tuple[Any, ...]:
 
 def trace(module: nn.Module) -> Trace:
     """The graph of one module's own forward."""
-    kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         return Trace(module, reason="it is scripted")
     if "forward" in vars(module):
         return Trace(module, reason="its forward was replaced on the instance")
     read: dict[str, Any] = {}
+    try:
+        graph = _graph(module, read)
+    except NotTraceable as error:
+        return Trace(module, reason=str(error))
+    return Trace(module, graph, fixed=_why_fixed(module, graph), read=read)
+
+
+def _graph(module: nn.Module, read: dict[str, Any], fixed_arguments: dict[str, Any] | None = None) -> fx.Graph:
+    kind = type(module)
     tracer = _Tracer()
     before, states = _random_state(), (random.getstate(), numpy.random.get_state(), torch.get_rng_state())
     try:
         module.__class__ = _watched(kind, tracer, read)
-        graph = tracer.trace(module)
-    except NotTraceable as error:
-        return Trace(module, reason=str(error))
+        graph = tracer.trace(module, fixed_arguments)
+    except NotTraceable:
+        raise
     except Exception as error:  # whatever a forward does with a stand-in
         message = (str(error) or type(error).__name__).strip().splitlines()[0]
-        return Trace(module, reason=message.rstrip(":."))
+        raise NotTraceable(message.rstrip(":.")) from error
     finally:
         object.__setattr__(module, "__class__", kind)  # past the watch
         changed = _random_state() != before
@@ -148,17 +158,60 @@ def trace(module: nn.Module) -> Trace:
         numpy.random.set_state(states[1])
         torch.set_rng_state(states[2])
     if changed:
-        return Trace(module, reason="it draws random numbers itself")
+        raise NotTraceable("it draws random numbers itself")
     for node in graph.nodes:
         node.type = None  # an annotation need not be a name where the new forward is made
-    return Trace(module, graph, fixed=_why_fixed(module, graph), read=read)
+    return graph
+
+
+def alternatives(traced: Trace) -> list[fx.Graph] | None:
+    """The graphs of the other answers to what the forward asks of its arguments; None where they are not to be had."""
+    kind: Any = type(traced.module)
+    asked = what_is_asked(kind)
+    if not asked <= {"isinstance", "None"}:
+        return None
+    optional = {
+        name: None
+        for name, parameter in inspect.signature(kind.forward).parameters.items()
+        if parameter.default is None and "None" in asked
+    }
+    graphs = []
+    for arguments in ({}, optional) if optional else ({},):
+        for answer in (False, True) if "isinstance" in asked else (False,):
+            if not arguments and not answer:
+                continue  # the one that is there
+            try:
+                with _isinstance_says(kind, answer):
+                    graphs.append(_graph(traced.module, {}, arguments))
+            except NotTraceable:
+                return None
+    return graphs
+
+
+@contextlib.contextmanager
+def _isinstance_says(kind: Any, answer: bool) -> Iterator[None]:
+    """Within it, the methods of a class are told ``answer`` where they ask for the type of a stand-in."""
+
+    def replaced(thing, kinds):
+        return answer if isinstance(thing, fx.Proxy) else isinstance(thing, kinds)
+
+    functions = (inspect.unwrap(getattr(kind, name)) for name in _methods(kind) or {})
+    scopes = {id(f.__globals__): f.__globals__ for f in functions if hasattr(f, "__globals__")}
+    scopes = {key: scope for key, scope in scopes.items() if "isinstance" not in scope}
+    for scope in scopes.values():
+        scope["isinstance"] = replaced
+    try:
+        yield
+    finally:
+        for scope in scopes.values():
+            del scope["isinstance"]
 
 
 def _why_fixed(module: nn.Module, graph: fx.Graph) -> str:
     kind: Any = type(module)
     if kind.__reduce__ is not object.__reduce__ or kind.__reduce_ex__ is not object.__reduce_ex__:
         return "its class has its own way of pickling"
-    if asks_for_types(kind):
+    if what_is_asked(kind):
         return "its forward asks whether an argument is None, or of which type it is"
     try:
         graph.python_code("self")
@@ -174,13 +227,16 @@ def _why_fixed(module: nn.Module, graph: fx.Graph) -> str:
 def _methods(kind: type) -> dict[str, ast.FunctionDef] | None:
     """The methods of a class and its bases up to nn.Module by name; None where a source is not to be had."""
     found: dict[str, ast.FunctionDef] = {}
+    seen: set[str] = set()
     for base in kind.__mro__:
         if base.__module__.partition(".")[0] == "torch" or base is object:
             continue
         for name, value in vars(base).items():
             function = inspect.unwrap(value) if callable(value) else getattr(value, "fget", None)
-            if not inspect.isfunction(function) or name in found:
+            if name in seen or not inspect.isfunction(function):
+                seen.add(name)
                 continue
+            seen.add(name)
             try:
                 (node,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
             except (OSError, SyntaxError, TypeError, ValueError):
@@ -251,21 +307,31 @@ def _code_asks_for_types(code: types.CodeType) -> bool:
 
 
 @functools.cache
-def asks_for_types(kind: Any) -> bool:
-    """Whether the forward of a class asks ``is`` or ``isinstance`` of something that is not its own attribute."""
+def what_is_asked(kind: Any) -> frozenset[str]:
+    """What a forward asks that a stand-in answers wrongly.
+
+    ``"isinstance"`` of something that is no attribute of its own, whether an optional argument is ``"None"``, or
+    ``"more"``.
+    """
     methods = _methods(kind)
     if methods is None:
-        return _code_asks_for_types(inspect.unwrap(kind.forward).__code__)
+        return frozenset({"more"} if _code_asks_for_types(inspect.unwrap(kind.forward).__code__) else ())
+    forward = inspect.signature(kind.forward).parameters
+    asked = set()
     for name in _reached_from_forward(methods):
         for node in ast.walk(methods[name]):
             subject: ast.AST | None = None
+            question = "more"
             if isinstance(node, ast.Compare) and any(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
                 subject = node.left
+                if name == "forward" and isinstance(subject, ast.Name) and subject.id in forward:
+                    question = "None" if forward[subject.id].default is None else "more"
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args:
                 subject = node.args[0] if node.func.id in ("isinstance", "type", "hasattr") else None
+                question = "isinstance" if node.func.id == "isinstance" else "more"
             if subject is not None and not _is_of(_first_argument(methods[name]), subject):
-                return True
-    return False
+                asked.add(question)
+    return frozenset(asked)
 
 
 def called_outside_forward(kind: type, attribute: str) -> str | None:
