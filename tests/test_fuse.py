@@ -16,7 +16,6 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import vgkern
-from vgkern.fusion.report import _plain
 from vgkern.nn import AddAct, BatchNormAct1d, BatchNormAct2d
 
 C = 4
@@ -819,6 +818,11 @@ def test_layers_that_were_built_fused_have_plain_twins():
 # fold.
 
 
+def test_other_dtypes_are_left():
+    fused = vgkern.fuse(nn.Sequential(nn.BatchNorm2d(C).to(torch.float8_e4m3fn), nn.ReLU()))
+    assert "float8_e4m3fn" in left(fused)["0"]
+
+
 @pytest.mark.parametrize("first", ["plain", "fused"])
 def test_fold(first):
     body = """
@@ -880,12 +884,23 @@ def test_the_report_is_a_table_with_and_without_rich(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "rich.box", None)
     plain = str(report)
     assert plain != text
-    assert plain == _plain(
-        "1 of 2 batch norms fused", [("1", "batch norm + relu", ""), ("left", "bn", report.left[0].reason)]
-    )
+    assert plain.splitlines()[1:] == [
+        "       1  batch norm + relu",
+        "  1 left  bn                 its output is used 2 times",
+    ]
     for written in (text, plain):
         for word in ("1 of 2 batch norms fused", "batch norm + relu", "left", "bn", "its output is used 2 times"):
             assert word in written
+
+
+def test_the_report_says_a_reason_once():
+    norms = [nn.BatchNorm2d(C) for _ in range(6)]
+    for norm in norms:
+        norm.qconfig = "any"
+    text = str(vgkern.fusion_report(nn.Sequential(*norms)))
+    assert "0 of 6 batch norms fused" in text
+    assert "0, 1, 2, 3 and 2 more" in text
+    assert text.count("quantisation") == 1
 
 
 @pytest.mark.parametrize("function", [vgkern.fuse, vgkern.unfuse, vgkern.fusion_report, vgkern.fold])
@@ -900,3 +915,62 @@ def test_a_batch_norm_by_itself():
     assert type(fused) is BatchNormAct2d
     assert_same(bn, fused, x())
     assert type(vgkern.unfuse(fused)) is nn.BatchNorm2d
+
+
+# Where else a fused model goes.
+
+
+def test_a_fused_model_can_be_traced_by_fx():
+    model = nn.Sequential(Block(), make("return F.silu(self.conv(x) + x)"), nn.Sequential(Block()))
+    fused = vgkern.fuse(model)
+    tracer = torch.fx.Tracer()
+    tracer.is_leaf_module = lambda module, name: not isinstance(module, (nn.Sequential, Module))
+    graph = torch.fx.GraphModule(fused, tracer.trace(fused))
+    data = x()
+    assert bits(graph.eval()(data)) == bits(fused.eval()(data))
+    names = [str(node.target) for node in graph.graph.nodes]
+    assert sum("add" in name for name in names) == 3
+
+
+@pytest.mark.filterwarnings("ignore:A model attribute:UserWarning")  # the probe of the gradient record
+def test_a_fused_model_exports():
+    model = nn.Sequential(Block(), Slopes(p=nn.PReLU(C), q=nn.PReLU(), r=nn.PReLU(C)))
+    fused = vgkern.fuse(model).eval()
+    data = x()
+    program = torch.export.export(fused, (data,))
+    torch.testing.assert_close(program.module()(data), fused(data))
+
+
+def test_parameters_given_from_outside_reach_a_shared_slope():
+    fused = vgkern.fuse(Slopes(p=nn.PReLU(C), q=nn.PReLU(), r=nn.PReLU(C))).eval()
+    data = x()
+    state = {name: tensor.clone() for name, tensor in fused.state_dict().items()}
+    state["p.weight"] = torch.full((C,), 3.0)
+    got = torch.func.functional_call(fused, state, (data,))
+    fused.p.weight.data.fill_(3.0)
+    torch.testing.assert_close(got, fused(data))
+
+
+def test_subclasses_made_later_of_a_replaced_forward():
+    """Parametrisation and FSDP put a class of their own over the one that is there."""
+    fused = vgkern.fuse(Block())
+    kind = type(fused)
+    fused.__class__ = type(
+        "Over", (kind,), {"__reduce_ex__": lambda self, protocol: kind.__reduce_ex__(self, protocol)}
+    )
+    data = x()
+    assert bits(copy.deepcopy(fused).eval()(data)) == bits(fused.eval()(data))
+
+
+def test_integers_that_are_added():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU()
+
+        def forward(self, x):
+            return self.act(x + x)
+
+    fused = vgkern.fuse(Sum())
+    assert operations(fused) == {"act": (ADD, "relu")}
+    assert torch.equal(fused(torch.tensor([-1, 2])), torch.tensor([0, 4]))

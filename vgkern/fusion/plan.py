@@ -26,6 +26,9 @@ from .tracing import Trace, alternatives, called_outside_forward, opened_attribu
 
 __all__ = ["AddActMatch", "Analysis", "Match", "Plan", "is_sequential", "make_plan"]
 
+#: What the names of functions that draw random numbers have in them.
+_RANDOM = ("drop", "rand", "bernoulli", "normal", "uniform", "multinomial", "poisson", "exponential", "rrelu")
+
 Call = tuple[Trace, fx.Node]
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -325,7 +328,7 @@ def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
     return nodes
 
 
-def _may_wait(match: Match) -> bool:
+def _may_wait(analysis: Analysis, match: Match) -> bool:
     """Whether the fused call may stand where the sum stands."""
     add, (traced, call) = match.add, match.path[-1]
     assert add is not None
@@ -340,15 +343,24 @@ def _may_wait(match: Match) -> bool:
         return True
     return (
         moved is not None
-        and all(_draws_nothing(module) for module in moved.modules())
+        and all(_draws_nothing(analysis, module) for module in moved.modules())
         and all(node.op == "call_module" for node in reads_it)
         and not (reads_it and any(getattr(m, "inplace", False) for o in (moved, *others) for m in o.modules()))
     )
 
 
-def _draws_nothing(module: nn.Module) -> bool:
-    known = isinstance(module, nn.Sequential) or type(module).__module__.startswith("torch.nn.modules")
-    return known and not isinstance(module, (_DropoutNd, nn.RReLU)) and not has_hooks(module)
+def _draws_nothing(analysis: Analysis, module: nn.Module) -> bool:
+    """Whether a module surely draws no random numbers by itself."""
+    if has_hooks(module) or isinstance(module, (_DropoutNd, nn.RReLU)):
+        return False
+    traced = analysis.traces.get(id(module))
+    if traced is None:
+        return type(module).__module__.startswith("torch.nn.modules")
+    if traced.graph is None:
+        return False
+    targets = [node.target for node in traced.graph.nodes if node.op in ("call_function", "call_method")]
+    names = [str(getattr(target, "__name__", target)) for target in targets]
+    return not any(word in name for name in names for word in _RANDOM)
 
 
 def _why_not_rewritten(traced: Trace) -> str:
@@ -387,7 +399,7 @@ def make_plan(analysis: Analysis) -> Plan:
             matches.append(Match(module, []) if module is root and type(module) in FUSED else analysis.match(module))
         except Refusal as error:
             refuse(module, error)
-    _settle_sums(matches)
+    _settle_sums(analysis, matches)
 
     while True:
         passed = _passed_activations(analysis, matches)
@@ -405,7 +417,7 @@ def make_plan(analysis: Analysis) -> Plan:
     return Plan(matches, add_acts, left, analysis.names, passed, added)
 
 
-def _settle_sums(matches: list[Match]) -> None:
+def _settle_sums(analysis: Analysis, matches: list[Match]) -> None:
     """One batch norm for each sum. The other, in a shortcut with a projection, stands alone.
 
     This is the place for an operation that takes both: ``act(bn1(x) + bn2(residual))``.
@@ -418,7 +430,7 @@ def _settle_sums(matches: list[Match]) -> None:
         # In place, the sum's first operand. Else the one that is called in this very forward, or the later call.
         order = list(candidates[0].trace.graph.nodes)  # type: ignore[union-attr]
         candidates.sort(key=lambda m: (-len(m.path), order.index(m.path[-1][1])), reverse=True)
-        taken = next((match for match in candidates if _may_wait(match)), None)
+        taken = next((match for match in candidates if _may_wait(analysis, match)), None)
         for match in candidates:
             if match is not taken:
                 match.add, match.act, match.in_place = None, None, False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 __all__ = ["Fused", "FusionReport", "Left"]
@@ -60,26 +60,35 @@ class FusionReport:
         title = f"{self.fused_batch_norms} of {self.batch_norms} batch norms fused"
         kinds = Counter(" + ".join(row.operations) for row in self.fused)
         rows = [(str(count), kind, "") for kind, count in kinds.most_common()]
-        rows += [("left", row.name, row.reason) for row in self.left]
+        reasons: dict[str, list[str]] = defaultdict(list)
+        for row in self.left:
+            reasons[row.reason].append(row.name)
+        rows += [(f"{len(names)} left", _some(names), reason) for reason, names in reasons.items()]
         try:
-            return _rich(title, rows)
+            table = _rich(rows)
         except ImportError:
-            return _plain(title, rows)
+            table = _plain(rows)
+        return f"{title}\n{table}"
 
 
-def _plain(title: str, rows: list[tuple[str, str, str]]) -> str:
+def _some(names: list[str], shown: int = 4) -> str:
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _plain(rows: list[tuple[str, str, str]]) -> str:
     width = max((len(row[1]) for row in rows), default=0)
-    return "\n".join([title, *(f"{first:>6}  {second:{width}}  {third}".rstrip() for first, second, third in rows)])
+    return "\n".join(f"{first:>8}  {second:{width}}  {third}".rstrip() for first, second, third in rows)
 
 
-def _rich(title: str, rows: list[tuple[str, str, str]]) -> str:
-    from rich.box import SIMPLE_HEAD
+def _rich(rows: list[tuple[str, str, str]]) -> str:
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", show_header=False)
-    table.add_column(justify="right")
+    table = Table(box=SIMPLE, show_header=False)
+    table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
     for row in rows:
@@ -87,4 +96,4 @@ def _rich(title: str, rows: list[tuple[str, str, str]]) -> str:
     console = Console(width=120, no_color=True, highlight=False)
     with console.capture() as captured:
         console.print(table)
-    return "\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines())
+    return "\n".join(line.rstrip() for line in captured.get().splitlines() if line.strip())

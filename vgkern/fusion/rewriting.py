@@ -11,7 +11,7 @@ import itertools
 import linecache
 import types
 from collections import OrderedDict
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 
@@ -36,37 +36,44 @@ def _new(base: type[nn.Module], code: Code | None) -> nn.Module:
     return kind.__new__(kind)
 
 
-def _reduce(self, protocol):
-    kind = type(self)
-    _, _, *state = super(kind, self).__reduce_ex__(protocol)
-    return _new, (kind._fusion_base, kind._fusion_code), *state
+def _methods(base: type[nn.Module], code: Code | None) -> dict[str, Any]:
+    def reduce_ex(self, protocol):
+        function, arguments, *state = cast(tuple[Any, ...], base.__reduce_ex__(self, protocol))
+        if arguments == (kind,):  # a subclass of this one, FSDP's for instance, has its own way
+            function, arguments = _new, (base, code)
+        return function, arguments, *state
+
+    def getitem(self, index):
+        # nn.Sequential makes a sequence of its own class, whose members are others than those of this forward.
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return nn.Sequential.__getitem__(self, index)
+
+    kind: type[nn.Module] = _classes[_key(base, code)]
+    if code is None:
+        return {"__reduce_ex__": reduce_ex, "__getitem__": getitem, "forward": runtime.sequential}
+    return {"__reduce_ex__": reduce_ex, "forward": _function(*code)}
 
 
-def _slice(self, index):
-    # nn.Sequential makes a sequence of its own class, whose members are others than those of this forward.
-    if isinstance(index, slice):
-        return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
-    return super(type(self), self).__getitem__(index)
+def _key(base: type[nn.Module], code: Code | None) -> Any:
+    if code is None:
+        return base, None
+    source, names = code
+    return base, source, tuple((name, value if isinstance(value, str) else id(value)) for name, value in names)
 
 
 def _rewritten(base: type[nn.Module], code: Code | None) -> type[nn.Module]:
     """The subclass of ``base`` with the forward of ``code``; None for a sequence's own, with a residual."""
-    key = (base, None if code is None else (code[0], tuple((name, _key(value)) for name, value in code[1])))
+    key = _key(base, code)
     if key not in _classes:
-        body: dict[str, Any] = {
+        body = {
             "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__,
-            "__reduce_ex__": _reduce, "_fusion_base": base, "_fusion_code": code,
+            "_fusion_base": base,
         }  # fmt: skip
-        if code is None:
-            body |= {"forward": runtime.sequential, "__getitem__": _slice}
-        else:
-            body["forward"] = _function(*code)
         _classes[key] = types.new_class(base.__name__, (base,), {}, lambda namespace: namespace.update(body))
+        for name, method in _methods(base, code).items():
+            setattr(_classes[key], name, method)
     return _classes[key]
-
-
-def _key(value: Any) -> Any:
-    return value if isinstance(value, str) else id(value)
 
 
 def _function(source: str, names: tuple[tuple[str, Any], ...]) -> Any:

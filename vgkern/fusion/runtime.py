@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .. import functional
 from ..activations import ActivationSpec, resolve
@@ -24,6 +24,7 @@ def _fits(x: Any, residual: Any) -> bool:
         and x.shape == residual.shape
         and x.dtype == residual.dtype
         and x.device == residual.device
+        and x.is_floating_point()
     )
 
 
@@ -41,6 +42,8 @@ def add(layer: Any, x: Tensor, residual: Any) -> Tensor:
         residual = x.view_as(x)  # one tensor as two arguments of an autograd.Function is more than dynamo takes
     if residual is None or _fits(x, residual):
         return layer(x, residual)
+    if isinstance(x, fx.Proxy):
+        return x.tracer.create_proxy("call_function", add, (layer, x, residual), {})
     spec, weight = layer.activation, layer.activation_weight
     z = x
     if isinstance(layer, _BatchNormAct):
@@ -57,10 +60,13 @@ def add_act(
     x: Any, residual: Any, in_place: bool, activation: str, arguments: dict[str, Any], weight: Tensor | None
 ) -> Any:
     """``act(x + residual)`` for an activation that is no module of its own."""
-    if _fits(x, residual) and x.is_floating_point():
+    if _fits(x, residual):
         return functional.add_act(
             x, residual, activation=activation, activation_args=arguments, activation_weight=weight
         )
+    if isinstance(x, fx.Proxy):
+        given = (x, residual, in_place, activation, arguments, weight)
+        return x.tracer.create_proxy("call_function", add_act, given, {})
     return activate(resolve(activation, arguments), x.add_(residual) if in_place else x + residual, weight)
 
 
@@ -74,20 +80,19 @@ def unchanged(value: Any, expected: Any, name: str) -> None:
 
 def sequential(self: nn.Sequential, input: Any, fused_residual: Any = None) -> Any:
     """The forward of a sequence whose last batch norm takes a residual from outside."""
-    takes = self._residual_to
+    takes: Any = self._residual_to
     after = False
     for name, module in self._modules.items():
         if name == takes:
             after = True
-            input = (
-                add(module, input, fused_residual)
-                if hasattr(module, "activation")
-                else module(input, fused_residual=fused_residual)
-            )
+            if "_fusion" in vars(module):
+                input = add(module, input, fused_residual)
+            else:  # a module that ends with the batch norm
+                input = module(input, fused_residual=fused_residual)  # type: ignore[misc]
         elif after and type(module) is not nn.Identity:
             raise RuntimeError(f"{name!r} was put behind the batch norm that takes a residual: unfuse, then fuse")
         else:
-            input = module(input)
+            input = module(input)  # type: ignore[misc]
     if not after:
         raise RuntimeError(f"the module {takes!r}, which takes a residual, is gone: unfuse, then fuse")
     return input
