@@ -583,6 +583,18 @@ def test_a_module_is_not_moved_past_another_that_could_tell(dropout):
     torch.testing.assert_close(fused(data), theirs)
 
 
+def test_a_batch_norm_does_not_wait_for_what_changes_its_input():
+    body = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(C, C, 1))
+    model = make("x = x * 1\nreturn self.bn(x) + self.body(x)", body=body).eval()
+    fused = vgkern.fuse(model)
+    assert operations(fused)["bn"] == (BN,)
+    data = x()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(data), model(data))
+    model = make("y = x * 1\nreturn self.bn(x) + y.view(-1).mul_(2).view_as(x)")
+    assert operations(vgkern.fuse(model))["bn"] == (BN,)
+
+
 def test_a_sum_of_two_batch_norms_takes_one():
     model = make("return self.act(self.bn(x) + self.bn2(x))")
     fused = vgkern.fuse(model)

@@ -307,6 +307,7 @@ def _nodes_in(user: fx.Node) -> list[fx.Node]:
 def _is_in_place(traced: Trace, node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     callee = traced.callee(node)
+    inside = callee.modules() if callee is not None else ()
     return (
         (node.op == "call_method" and name.endswith("_"))
         or (
@@ -315,7 +316,7 @@ def _is_in_place(traced: Trace, node: fx.Node) -> bool:
         )
         or bool(node.kwargs.get("inplace"))
         or any(argument is True for argument in node.args[1:])
-        or bool(getattr(callee, "inplace", False))
+        or any(getattr(module, "inplace", False) for module in inside)
     )
 
 
@@ -329,23 +330,23 @@ def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
 
 
 def _may_wait(analysis: Analysis, match: Match) -> bool:
-    """Whether the fused call may stand where the sum stands."""
+    """Whether the fused call may stand where the sum stands, behind what is skipped."""
     add, (traced, call) = match.add, match.path[-1]
     assert add is not None
     skipped = [node for node in _between(call, add) if node not in match.passed]
-    reads_it = [node for node in skipped if call.args and call.args[0] in node.all_input_nodes]
-    if len(match.path) == 1:
-        return not any(_is_in_place(traced, node) for node in reads_it)
-    # A whole module is moved past what is skipped: it must draw no random numbers, and change nothing that they read.
-    moved = traced.callee(call)
-    others = [module for node in reads_it if (module := traced.callee(node)) is not None]
     if not skipped:
         return True
-    return (
-        moved is not None
-        and all(_draws_nothing(analysis, module) for module in moved.modules())
-        and all(node.op == "call_module" for node in reads_it)
-        and not (reads_it and any(getattr(m, "inplace", False) for o in (moved, *others) for m in o.modules()))
+    source: Any = call.args[0] if call.args else None
+    # A tensor that somebody else has may be changed under another name.
+    exposed = not isinstance(source, fx.Node) or source.op in ("placeholder", "get_attr") or len(source.users) > 1
+    if exposed and any(_is_in_place(traced, node) for node in skipped):
+        return False
+    moved = traced.callee(call)
+    if len(match.path) == 1 or moved is None:
+        return moved is not None
+    # A whole module must draw no random numbers, nor change in place what is skipped reads.
+    return all(_draws_nothing(analysis, module) for module in moved.modules()) and not (
+        exposed and _is_in_place(traced, call)
     )
 
 
