@@ -874,6 +874,9 @@ def test_fold_of_layers_that_were_built_fused():
 
 
 def test_fold_leaves_what_it_must_not_take_in():
+    twice = make("return self.bn(self.conv(x)) * self.conv(x * 2)").double()
+    values = x().double()
+    torch.testing.assert_close(vgkern.fold(twice)(values), copy.deepcopy(twice).eval()(values), rtol=1e-9, atol=1e-9)
     shared = nn.Conv2d(C, C, 1)
     model = random_values(
         nn.Sequential(
