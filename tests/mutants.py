@@ -49,6 +49,8 @@ CPU_KERNELS = "tests/test_cpu_kernels.py"
 CPU_GRID = "tests/test_grid.py|cpu and float32"
 CPU_GRADIENTS = "tests/test_gradient_norms.py|cpu or threads"
 
+FUSION, FUSE = "vgkern/fusion/", "tests/test_fuse.py"
+
 FAULTS = [
     # -- Triton: norms of lists
     Fault("neighbours before a tensor counted", NORMS,
@@ -62,6 +64,30 @@ FAULTS = [
     Fault("a factor above 1", NORMS, "tl.where(factor >= 1.0, 1.0, factor)", "factor", GRADIENTS),
     Fault("a factor of 1 that writes", NORMS, "    if factor != 1.0:\n", "    if factor > -1.0:\n", GRADIENTS),
     Fault("a tiny factor in float32", NORMS, "1.8446744073709552e19, 1.0)", "1.0, 1.0)", GRADIENTS),
+    # -- Python: whole models
+    Fault("fuse: a hook on an activation unseen", FUSION + "plan.py",
+          "if act.module is not None and has_hooks(act.module):", "if False:", FUSE),
+    Fault("fuse: alpha ignored", FUSION + "plan.py", 'elif user.kwargs.get("alpha", 1) != 1:', "elif False:", FUSE),
+    Fault("fuse: an output used twice", FUSION + "plan.py", "if len(uses) > 1 and len(path) == 1:", "if False:", FUSE),
+    Fault("fuse: a shared activation passed on", FUSION + "plan.py",
+          "if taken[key] == len(analysis.calls[key])", "if taken[key]", FUSE),
+    Fault("fuse: a module moved past a random one", FUSION + "plan.py",
+          "if has_hooks(module) or isinstance(module, (_DropoutNd, nn.RReLU)):", "if has_hooks(module):", FUSE),
+    Fault("fuse: members of a sequence that is opened", FUSION + "plan.py",
+          "if key in opened and is_sequential(child):", "if False:", FUSE),
+    Fault("fuse: broadcasting not seen at run time", FUSION + "runtime.py",
+          "and x.shape == residual.shape", "and x.dim() == residual.dim()", FUSE),
+    Fault("fuse: a flag not guarded", FUSION + "plan.py",
+          "match.guarded = not is_sequential(match.trace.module)", "match.guarded = False", FUSE),
+    Fault("fuse: no_grad lost", FUSION + "tracing.py", "if _modes() != self._modes_outside:", "if False:", FUSE),
+    Fault("fuse: other answers not asked for", FUSION + "plan.py",
+          "        _check_other_answers(match, matches)\n", "", FUSE),
+    Fault("fuse: a PReLU's weight twice in state_dict", FUSION + "layers.py",
+          "layer._prelu = (prelu,)", "layer._prelu = nn.ModuleList([prelu])", FUSE),
+    Fault("fuse: pickled without its forward", FUSION + "rewriting.py",
+          "function, arguments = _new, (base, code)", "function, arguments = base.__new__, (base,)", FUSE),
+    Fault("fold: a batch norm after two uses of its layer", FUSION + "folding.py",
+          "len(analysis.calls[id(module)]) == 1", "len(analysis.calls[id(module)]) >= 1", FUSE),
     # -- Python
     Fault("momentum the wrong way round", "vgkern/backends/reference.py",
           "running_var.lerp_(var, factor)", "running_var.lerp_(var, 1 - factor)", "tests/test_layers.py"),

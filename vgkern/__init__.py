@@ -7,19 +7,24 @@ import warnings
 from . import activations, backends, functional, gradients, init, memory, models, nn, testing
 from ._version import __version__
 from .backends import cpu as _cpu
+from .fusion import fold, fuse, fusion_report, unfuse
 from .verify import verify
 
 __all__ = [
     "__version__",
     "activations",
     "backends",
+    "fold",
     "functional",
+    "fuse",
+    "fusion_report",
     "gradients",
     "init",
     "memory",
     "models",
     "nn",
     "testing",
+    "unfuse",
     "verify",
 ]
 
