@@ -19,8 +19,8 @@ and three functions over lists of tensors of one device, of any dtypes that it t
   nothing is written. Autograd does not hear of the change: the caller counts up the tensors' versions.
 * ``clip_units_(parameters, gradients, clip_factor, eps, norm_type) -> list[Tensor]``: a gradient of rank 2 or more is
   one unit for each index of its first axis, any other is one. A unit g whose norm exceeds clip_factor·max(‖w‖, eps), w
-  being the same unit of the parameter, is scaled down to that norm; NaN where a norm is; others are not written. Returns
-  the gradients that may have changed without autograd's hearing of it.
+  being the same unit of the parameter, is scaled down to that norm; NaN where a norm is; others are not written.
+  Returns the gradients that may have changed without autograd's hearing of it.
 """
 
 from __future__ import annotations

@@ -158,8 +158,11 @@ def gradient_norms(
     return out[:-2], out[-2], out[-1]
 
 
+SAMPLED = 1024  # as kSampled of csrc/gradient_norm.h
+
+
 def sample_norms(tensors: Sequence[Tensor], out: Tensor) -> None:
-    """The L2 norms of the first 1024 elements, in memory, of dense tensors into out, float64 (T,)."""
+    """The L2 norms of the first SAMPLED elements, in memory, of dense tensors into out, float64 (T,)."""
     _C.sample_norms(_read(tensors), out)
 
 

@@ -166,7 +166,8 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
         if gradients:
             largest = backends.of(gradients[0]).gradient_norms(gradients, math.inf)[0].tolist()
             parameters = [p for p, most in zip(parameters, largest, strict=True) if not most <= clip_value]
-    torch.nn.utils.clip_grad_value_(parameters, clip_value, foreach)
+    if parameters:
+        torch.nn.utils.clip_grad_value_(parameters, clip_value, foreach)
 
 
 @torch.no_grad()

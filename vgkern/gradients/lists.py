@@ -18,7 +18,16 @@ from torch import Tensor
 from .. import backends, ops
 from ..backends import cpu
 
-__all__ = ["Measured", "is_dtensor", "is_plain", "measure", "memory", "plain_cpu_gradients", "scale_", "without_gradientless"]
+__all__ = [
+    "Measured",
+    "is_dtensor",
+    "is_plain",
+    "measure",
+    "memory",
+    "plain_cpu_gradients",
+    "scale_",
+    "without_gradientless",
+]
 
 
 class Measured(NamedTuple):
@@ -101,14 +110,9 @@ def memory(g: Tensor) -> Tensor:
         return memory(g.to_local())  # type: ignore[attr-defined]
     if g.layout is torch.sparse_coo:
         return memory(g._values())
-    if g.layout in _COMPRESSED:
-        return memory(g.values())
     if g.is_complex() and not g.is_conj():
         return torch.view_as_real(g)
     return g.detach()
-
-
-_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
 def is_plain(g: Tensor) -> bool:
@@ -156,8 +160,6 @@ def _other_norm(g: Any, norm_type: float) -> Tensor:
         g = g.full_tensor()
     if g.layout is torch.sparse_coo:
         g = g.coalesce().values()  # an index may stand more than once
-    elif g.layout in _COMPRESSED:
-        g = g.values()
     if g.is_complex():
         g = g.abs()
     if is_plain(g):

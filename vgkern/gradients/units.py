@@ -27,7 +27,7 @@ def clip_(
             clip_([p.to_local()], [g.to_local()], clip_factor, eps, norm_type)  # type: ignore[attr-defined]
             torch.autograd.graph.increment_version([g])
         else:
-            _scale_units_(g, reference.unit_factors(*_whole(p, g), clip_factor, eps, norm_type))
+            _scale_units_(g, reference.unit_factors(_whole(p), _whole(g), clip_factor, eps, norm_type))
     for pairs in groups.values():
         weights, members = map(list, zip(*pairs, strict=True))
         written = backends.of(members[0]).clip_units_(weights, members, clip_factor, eps, norm_type)
@@ -45,10 +45,11 @@ def _has_whole_units(p: Any, g: Any) -> bool:
     )
 
 
-def _whole(*tensors: Any) -> list[Tensor]:
-    """Ordinary tensors of the same values."""
-    whole = (t.full_tensor() if lists.is_dtensor(t) else t for t in tensors)
-    return [t.to_dense() if t.layout is not torch.strided else t for t in whole]
+def _whole(x: Any) -> Tensor:
+    """An ordinary tensor of the same values."""
+    if lists.is_dtensor(x):
+        x = x.full_tensor()
+    return x if x.layout is torch.strided else x.to_dense()
 
 
 def _scale_units_(g: Any, factors: Tensor) -> None:
