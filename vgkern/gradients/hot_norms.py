@@ -87,7 +87,7 @@ class HotNorms:
     def measuring(self, hook: Callable[[Any, Any], torch.futures.Future]) -> Callable[[Any, Any], torch.futures.Future]:
         """The communication hook, and the norms of what it leaves in each bucket."""
 
-        def measured_hook(state: Any, bucket: Any) -> torch.futures.Future:
+        def measured_hook(state, bucket):  # DDP refuses the annotations that it does not know
             parameters = bucket.parameters()
             future = hook(state, bucket)
             if self._closed or not bucket.buffer().is_cpu or not self._in_backward():

@@ -145,9 +145,9 @@ def _sharded_norms(gradients: Sequence[Any], norm_type: float) -> Tensor:
     mesh = gradients[0].device_mesh
     for axis, placement in enumerate(gradients[0].placements):
         if placement.is_shard():
-            parts = norms.new_empty((mesh.size(axis), len(norms)))
+            parts = norms.new_empty(mesh.size(axis) * len(norms))
             dist.all_gather_into_tensor(parts, norms.contiguous(), group=mesh.get_group(axis))
-            norms = _plain_norms(parts.t().unbind(), norm_type)
+            norms = _plain_norms(parts.view(-1, len(norms)).t().contiguous().unbind(), norm_type)
     return norms
 
 
