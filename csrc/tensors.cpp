@@ -90,7 +90,9 @@ py::object plain_gradients(py::sequence parameters) {
   if (describe == nullptr) return py::none();
   py::list with_gradient, gradients;
   std::unordered_set<PyObject*> seen;
+  seen.reserve(parameters.size());
   Arrays arrays{{}, true, true};
+  arrays.list.reserve(parameters.size());
   for (py::handle parameter : parameters) {
     auto gradient = py::reinterpret_steal<py::object>(PyObject_GetAttr(parameter.ptr(), grad));
     if (!gradient) throw py::error_already_set();
