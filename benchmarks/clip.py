@@ -52,7 +52,7 @@ def unit_by_unit(parameters: list[Tensor], clip_factor: float = 0.01, eps: float
     """Adaptive clipping as it is written in Python, parameter by parameter, by PyTorch's operations."""
 
     def norm(x: Tensor) -> Tensor:
-        return x.norm() if x.dim() < 2 else x.norm(dim=tuple(range(1, x.dim())), keepdim=True)
+        return x.norm(2.0) if x.dim() < 2 else x.norm(2.0, dim=tuple(range(1, x.dim())), keepdim=True)
 
     for p in parameters:
         weight, gradient = p.detach(), p.grad.detach()

@@ -134,16 +134,23 @@ std::vector<bool> clip_units(const KernelTable& table, const std::vector<Array>&
   }
   std::vector<char> written(chunks.size(), false);
   ranges_of(chunks, threads, [&](int64_t begin, int64_t end) {
+    std::vector<double> limits;
     for (int64_t i = begin; i < end; ++i) {
       const Array &weight = weights[chunks[i].array], &gradient = gradients[chunks[i].array];
-      const int64_t unit = gradient.count / gradient.units;
-      for (int64_t at = chunks[i].first; at < chunks[i].first + chunks[i].count; at += unit) {
-        const auto norm = [&](const Array& array) {
-          return norm_of(table.norm[array.dtype](address(array, at), unit, kind, p), kind, p);
-        };
-        const double limit = clip_factor * std::max(norm(weight), eps), found = norm(gradient);  // max keeps NaN
-        if (found <= limit) continue;
-        table.scale[gradient.dtype](address(gradient, at), unit, limit / found);
+      const int64_t unit = gradient.count / gradient.units, first = chunks[i].first, last = first + chunks[i].count;
+      const auto norm = [&](const Array& array, int64_t at) {
+        return norm_of(table.norm[array.dtype](address(array, at), unit, kind, p), kind, p);
+      };
+      // All of the weights first: one stretch of memory, and then another.
+      limits.clear();
+      for (int64_t at = first; at < last; at += unit) {
+        limits.push_back(clip_factor * std::max(norm(weight, at), eps));  // max keeps NaN
+      }
+      const double* limit = limits.data();
+      for (int64_t at = first; at < last; at += unit, ++limit) {
+        const double found = norm(gradient, at);
+        if (found <= *limit) continue;
+        table.scale[gradient.dtype](address(gradient, at), unit, *limit / found);
         written[i] = true;
       }
     }

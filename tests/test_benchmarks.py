@@ -609,7 +609,7 @@ def test_resnet50_does_not_time_what_is_wrong(benchmarks, tmp_path, capsys, monk
 
 
 def test_clip_writes_a_row_for_each_variant(benchmarks, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(clip, "ResNet50", lambda norm: torch.nn.Linear(6, 5))
+    monkeypatch.setattr(clip, "ResNet50", lambda norm: torch.nn.Conv2d(3, 4, 2))
     assert benchmarks("clip", "--rounds", 2, "--no-step", "--out", tmp_path) == 0
     rows = rows_of(tmp_path / "clip.csv")
     assert len(rows) == 12
@@ -619,7 +619,7 @@ def test_clip_writes_a_row_for_each_variant(benchmarks, tmp_path, capsys, monkey
 
 
 def test_a_wrong_clipping_is_not_timed(benchmarks, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(clip, "ResNet50", lambda norm: torch.nn.Linear(6, 5))
+    monkeypatch.setattr(clip, "ResNet50", lambda norm: torch.nn.Conv2d(3, 4, 2))
     monkeypatch.setattr(clip, "adaptive_clip_grad_", lambda parameters, factor: None)
     assert benchmarks("clip", "--rounds", 2, "--no-step", "--out", tmp_path) == 1
     assert "adaptive_clip_grad_, ResNet-50, clipped is wrong" in capsys.readouterr().err
