@@ -166,6 +166,22 @@ def sample_norms(tensors: Sequence[Tensor], out: Tensor) -> None:
     _C.sample_norms(_read(tensors), out)
 
 
+def dense_norms(tensors: Sequence[Tensor], *, checked: bool = False) -> tuple[list[float], list[float]] | None:
+    """L2 norms of tensors, and of their first SAMPLED elements, as numbers; None if one is not plain and dense.
+
+    ``checked``: it is known that all are.
+    """
+    arrays = _read(tensors) if checked else _C.read_tensors(tensors)
+    if arrays is None or not arrays.dense:
+        return None
+    count = len(tensors)
+    out = torch.empty(2 * count + 2, dtype=torch.float64, device=_CPU)
+    _C.gradient_norms(arrays, 2.0, math.inf, torch.get_num_threads(), out)
+    _C.sample_norms(arrays, out[count + 2 :])
+    values = out.tolist()
+    return values[:count], values[count + 2 :]
+
+
 def scale_gradients_(tensors: Sequence[Tensor], factor: Tensor) -> None:
     """x ← x·factor in place, as ``vgkern.backends`` says: one read and one write of each tensor, or nothing."""
     value = factor.item()
