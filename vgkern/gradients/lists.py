@@ -116,6 +116,7 @@ def memory(g: Tensor) -> Tensor:
 
 
 def is_plain(g: Tensor) -> bool:
+    """Whether g is an ordinary tensor of a dtype that the backends take."""
     return (
         type(g) in (Tensor, torch.nn.Parameter)
         and g.layout is torch.strided
