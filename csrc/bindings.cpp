@@ -9,6 +9,7 @@
 #include "gradient_norm.h"
 #include "memory_pool.h"
 #include "parallel.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
@@ -128,24 +129,21 @@ void backward(bool rows, int64_t batch, int64_t channels, int64_t spatial, int d
   batch_norm_act_backward(kernels(), call);
 }
 
-std::vector<Array> arrays(const std::vector<uintptr_t>& addresses, const std::vector<int64_t>& counts,
-                          const std::vector<int>& dtypes) {
-  std::vector<Array> list;
-  list.reserve(addresses.size());
-  for (size_t i = 0; i < addresses.size(); ++i) {
-    list.push_back({to<void>(Pointer{addresses[i]}), counts[i], DataType(dtypes[i])});
-  }
-  return list;
+// out: float64, the norm of each array, that of all together, and the factor of clipping.
+void norms(const Arrays& arrays, double p, double max_norm, int threads, Pointer out) {
+  double* each = to<double>(out);
+  const Norms all = gradient_norms(kernels(), arrays.list, p, max_norm, threads, each);
+  each[arrays.list.size()] = all.total;
+  each[arrays.list.size() + 1] = all.factor;
 }
 
-void norms(const std::vector<uintptr_t>& addresses, const std::vector<int64_t>& counts, const std::vector<int>& dtypes,
-           double p, int threads, Pointer norms, Pointer total) {
-  gradient_norms(kernels(), arrays(addresses, counts, dtypes), p, threads, to<double>(norms), to<double>(total));
-}
+void samples(const Arrays& arrays, Pointer norms) { sample_norms(kernels(), arrays.list, to<double>(norms)); }
 
-void scale(const std::vector<uintptr_t>& addresses, const std::vector<int64_t>& counts, const std::vector<int>& dtypes,
-           double factor, int threads) {
-  scale_arrays(kernels(), arrays(addresses, counts, dtypes), factor, threads);
+void scale(const Arrays& arrays, double factor, int threads) { scale_arrays(kernels(), arrays.list, factor, threads); }
+
+std::vector<bool> clip(const Arrays& weights, const Arrays& gradients, double clip_factor, double eps, double p,
+                       int threads) {
+  return clip_units(kernels(), weights.list, gradients.list, clip_factor, eps, p, threads);
 }
 
 // running ← (1 − momentum)·running + momentum·batch for the mean and the unbiased variance, both (C,) of the given
@@ -250,7 +248,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("batch_norm_act_backward", &backward, py::call_guard<py::gil_scoped_release>());
 
   m.def("gradient_norms", &norms, py::call_guard<py::gil_scoped_release>());
+  m.def("sample_norms", &samples, py::call_guard<py::gil_scoped_release>());
   m.def("scale_arrays", &scale, py::call_guard<py::gil_scoped_release>());
+  m.def("clip_units", &clip, py::call_guard<py::gil_scoped_release>());
+  py::class_<Arrays>(m, "Arrays", "What the functions on lists take: addresses, counts and types of tensors.")
+      .def(py::init(&described_arrays))
+      .def_readonly("dense", &Arrays::dense, "Whether each is a stretch of memory.")
+      .def_readonly("unit_wise", &Arrays::unit_wise, "Whether the units of each lie one behind the other.");
+  m.def("use_tensor_types", &use_tensor_types, py::arg("tensor"), py::arg("parameter"));
+  m.def("plain_gradients", &plain_gradients, py::arg("parameters"),
+        "(parameters, gradients) of those that have one, each gradient once; None if one is no plain CPU tensor.");
+  m.def("read_tensors", &read_tensors, py::arg("tensors"), "Arrays of plain CPU tensors; None if one is not.");
   m.def("update_running_statistics", &update_running_statistics);
   m.def("are_ordinary", &are_ordinary);
 

@@ -1,5 +1,6 @@
 // The part of DLPack's binary interface that hands a CPU tensor over: https://dmlc.github.io/dlpack/latest/c_api.html
-// These are the structures of the capsule "dltensor", which every version of DLPack and of torch takes.
+// DLManagedTensor is that of the capsule "dltensor", which every version of DLPack and of torch takes; the table of
+// functions is DLPack 1.3's, and torch's since 2.10.
 #pragma once
 
 #include <cstdint>
@@ -33,6 +34,20 @@ struct DLManagedTensor {
   DLTensor dl_tensor;
   void* manager_ctx;
   void (*deleter)(DLManagedTensor* self);
+};
+
+struct DLPackVersion {
+  uint32_t major, minor;
+};
+
+// What a type of tensors gives in its attribute __dlpack_c_exchange_api__, a capsule "dlpack_exchange_api".
+struct DLPackExchangeAPI {
+  DLPackVersion version;
+  DLPackExchangeAPI* prev_api;
+  void* not_used_here[3];
+  // Describes a Python object of that type without owning it. 0, or -1 with a Python exception set. May be null.
+  int (*dltensor_from_py_object_no_sync)(void* py_object, DLTensor* out);
+  void* current_work_stream;
 };
 
 }  // extern "C"

@@ -119,6 +119,24 @@ NormPart norm_part(const void* data, int64_t count, NormKind kind, double p) {
   return {1, total};
 }
 
+// v at a precision of T, rounded towards 0 if T is narrower than v: 8 or 11 bits rounded to the nearest may exceed by
+// 2⁻⁹ or 2⁻¹² what v was scaled down to.
+template <class T, class R>
+VGKERN_INLINE Vec<R> toward_zero(Vec<R> v) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    return as_real<float>(as_int(v) & IntVec<float>(-(1 << 16)));
+  } else if constexpr (std::is_same_v<T, float16>) {
+    const Vec<float> normal = as_real<float>(as_int(v) & IntVec<float>(-(1 << 13)));
+    // Below 2⁻¹⁴ all have the unit of the smallest, which is that of a half.
+    const Vec<float> magnitude = abs(v), half = 0.5f;
+    const Vec<float> nearest = (magnitude + half) - half;
+    const Vec<float> below = select(nearest > magnitude, nearest - Vec<float>(0x1p-24f), nearest);
+    return select(magnitude < Vec<float>(0x1p-14f), with_sign(below, v), normal);
+  } else {
+    return v;
+  }
+}
+
 // x·factor, multiplied in float64: a factor that is no normal float keeps its digits.
 template <class T>
 void scale_array(void* data, int64_t count, double factor) {
@@ -127,10 +145,10 @@ void scale_array(void* data, int64_t count, double factor) {
   const Wide<R> wide_factor(factor);
   for (int64_t i = 0; i < count; i += kLanes<R>) {
     if (count - i >= kLanes<R>) {
-      store(x + i, narrow(Wide<R>(load(x + i)) * wide_factor));
+      store(x + i, toward_zero<T>(narrow(Wide<R>(load(x + i)) * wide_factor)));
     } else {
       const int lanes = static_cast<int>(count - i);
-      store(x + i, narrow(Wide<R>(load(x + i, lanes, R(0))) * wide_factor), lanes);
+      store(x + i, toward_zero<T>(narrow(Wide<R>(load(x + i, lanes, R(0))) * wide_factor)), lanes);
     }
   }
 }

@@ -48,6 +48,8 @@ GRADIENTS = "tests/test_gradient_norms.py|triton"
 CPU_KERNELS = "tests/test_cpu_kernels.py"
 CPU_GRID = "tests/test_grid.py|cpu and float32"
 CPU_GRADIENTS = "tests/test_gradient_norms.py|cpu or threads"
+CLIPPING, CLIPPER = "tests/test_clipping.py", "tests/test_clipper.py"
+HOT = "vgkern/gradients/hot_norms.py"
 
 FUSION, FUSE = "vgkern/fusion/", "tests/test_fuse.py"
 
@@ -88,6 +90,37 @@ FAULTS = [
           "function, arguments = _new, (base, code)", "function, arguments = base.__new__, (base,)", FUSE),
     Fault("fold: a batch norm after two uses of its layer", FUSION + "folding.py",
           "len(analysis.calls[id(module)]) == 1", "len(analysis.calls[id(module)]) >= 1", FUSE),
+    Fault("half precision scaled beyond the bound", NORMS, "nearest - 5.9604644775390625e-08", "nearest", GRADIENTS),
+    # -- clipping
+    Fault("an unclipped gradient counted as changed", "vgkern/gradients/clipping.py",
+          "    elif factor.item() != 1:\n", "    else:\n", f"{CLIPPING}|rewritten"),
+    Fault("gradients scaled before the error", "vgkern/gradients/clipping.py",
+          "    if error_if_nonfinite and not", "    lists.scale_(gradients, factor)\n    if error_if_nonfinite and not",
+          f"{CLIPPING}|error_if_nonfinite"),
+    Fault("groups of gradients out of order", "vgkern/gradients/lists.py",
+          "zip(members, norms_of([gradients[i] for i in members], norm_type).unbind(), strict=True)",
+          "zip(members[::-1], norms_of([gradients[i] for i in members], norm_type).unbind(), strict=True)",
+          f"{CLIPPING}|order or every_kind"),
+    Fault("the norm of one shard", "vgkern/gradients/lists.py",
+          "        if placement.is_shard():\n            parts",
+          "        if placement.is_replicate():\n            parts",
+          f"{CLIPPER}|fully_sharded"),
+    Fault("a changed version not noticed", HOT, "(g.data_ptr(), g._version) == known[:2]", "g.data_ptr() == known[0]",
+          f"{CLIPPER}|changed"),
+    Fault("a change behind autograd's back not noticed", HOT, "if sample == known.sample and (", "if (",
+          f"{CLIPPER}|changed"),
+    Fault("a beginning of zeros trusted", HOT, "(sample > 0 or g.numel() <= cpu.SAMPLED)", "True",
+          f"{CLIPPER}|beginning"),
+    Fault("norms of the last step kept", "vgkern/gradients/clipper.py",
+          "        self._give_back()\n        self._hot.forget()\n", "        self._give_back()\n",
+          f"{CLIPPER}|accumulated"),
+    Fault("norms of scaled gradients", "vgkern/gradients/clipper.py", "total = total / scale.to(total)", "pass",
+          f"{CLIPPER}|grad_scaler"),
+    Fault("a skipped step counted", "vgkern/gradients/clipper.py",
+          "changed = changed & (skipped.to(changed.device) == 0)", "pass", f"{CLIPPER}|grad_scaler"),
+    Fault("a closure's gradients not clipped", "vgkern/gradients/clipper.py",
+          "            loss = given()\n            self._clip()\n", "            loss = given()\n",
+          f"{CLIPPER}|closures"),
     # -- Python
     Fault("momentum the wrong way round", "vgkern/backends/reference.py",
           "running_var.lerp_(var, factor)", "running_var.lerp_(var, 1 - factor)", "tests/test_layers.py"),
@@ -124,7 +157,16 @@ FAULTS = [
           "part->scale / whole.scale", CPU_GRADIENTS),
     Fault("a tensor's last chunk given to the next", CPU_NORMS,
           "(arrays[i].count + kChunkElements - 1) / kChunkElements", "arrays[i].count / kChunkElements", CPU_GRADIENTS),
+    Fault("a parameter listed twice counted twice", "csrc/tensors.cpp",
+          "if (!seen.insert(gradient.ptr()).second) continue;", "seen.insert(gradient.ptr());", f"{CLIPPING}|twice"),
+    Fault("the first stride not looked at", "csrc/tensors.cpp",
+          "(units == 1 || strides[0] == count / units)", "true", f"{CLIPPING}|any_memory"),
+    Fault("no eps in adaptive clipping", CPU_NORMS, "clip_factor * std::max(norm(weight, at), eps)",
+          "clip_factor * norm(weight, at)", f"{CLIPPING}|adaptive and cpu"),
     # -- C++ headers
+    Fault("half precision scaled to the nearest", "csrc/norm_kernels.h",
+          "toward_zero<T>(narrow(Wide<R>(load(x + i)) * wide_factor))", "narrow(Wide<R>(load(x + i)) * wide_factor)",
+          "tests/test_gradient_norms.py|cpu and half"),
     Fault("relu'(0) = 1", "csrc/activations.h",
           "Relu : Traits<Reads::mask> {\n  explicit Relu(const double*) {}\n"
           "  VGKERN_INLINE Vec<R> forward(Vec<R> z) const { return max(Vec<R>(0), z); }\n"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import vgkern
-from benchmarks import competitors, environment, figure, floor, micro, report, resnet50, tcmalloc, timing
+from benchmarks import clip, competitors, environment, figure, floor, micro, report, resnet50, tcmalloc, timing
 from benchmarks.__main__ import main
 from benchmarks.competitors import VARIANTS, Contest, measure
 from benchmarks.floor import Roof, floor_bytes
@@ -494,7 +494,7 @@ def test_a_wrong_command_line_is_refused(arguments, benchmarks, capsys):
     assert "error:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [(), ("micro",), ("resnet50",)])
+@pytest.mark.parametrize("command", [(), ("micro",), ("resnet50",), ("clip",)])
 def test_help(command, benchmarks, capsys):
     with pytest.raises(SystemExit) as stopped:
         benchmarks(*command, "--help")
@@ -603,3 +603,32 @@ def test_resnet50_does_not_time_what_is_wrong(benchmarks, tmp_path, capsys, monk
     assert benchmarks("resnet50", "--batch", 2, "--size", 32, "--out", tmp_path) == 1
     assert "the fused net is wrong and is not timed" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+# ---- clip ------------------------------------------------------------------------------------------------------------
+
+
+def test_clip_writes_a_row_for_each_variant(benchmarks, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(clip, "ResNet50", lambda norm: torch.nn.Conv2d(3, 4, 2))
+    assert benchmarks("clip", "--rounds", 2, "--no-step", "--out", tmp_path) == 0
+    rows = rows_of(tmp_path / "clip.csv")
+    assert len(rows) == 12
+    assert [row["variant"] for row in rows] == ["vgkern", "torch"] * 4 + ["vgkern", "Python"] * 2
+    assert all(float(row["ms"]) > 0 and row["rounds"] == "2" for row in rows)
+    assert "2,000 tensors of 64, clipped" in capsys.readouterr().out
+
+
+def test_a_wrong_clipping_is_not_timed(benchmarks, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(clip, "ResNet50", lambda norm: torch.nn.Conv2d(3, 4, 2))
+    monkeypatch.setattr(clip, "adaptive_clip_grad_", lambda parameters, factor: None)
+    assert benchmarks("clip", "--rounds", 2, "--no-step", "--out", tmp_path) == 1
+    assert "adaptive_clip_grad_, ResNet-50, clipped is wrong" in capsys.readouterr().err
+    assert len(rows_of(tmp_path / "clip.csv")) == 10
+
+
+def test_the_step_of_clip_clips():
+    args = clip.argparse.Namespace(batch=2, size=32, layout="contiguous", max_norm=0.1, device="cpu")
+    contest = clip.step(args)
+    assert list(contest.variants) == ["GradientClipper", "no clipping", "torch"]
+    for variant in contest.variants.values():
+        variant.run()

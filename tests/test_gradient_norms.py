@@ -141,8 +141,23 @@ def test_scaling_rounds_once(module, where, factor):
     module.scale_gradients_(tensors, torch.tensor(factor, dtype=torch.float64, device=where))
     for got, wanted in zip(tensors, expected, strict=True):
         # The interpreter's and a GPU's float32 product may differ from the float64 one's in the last place.
-        eps = torch.finfo(got.dtype).eps
-        torch.testing.assert_close(got, wanted, rtol=2 * eps, atol=0 if factor != 1e-40 else 1e-44, equal_nan=True)
+        info = torch.finfo(got.dtype)
+        unit = max(1e-44, info.smallest_normal * info.eps)
+        torch.testing.assert_close(got, wanted, rtol=2 * info.eps, atol=unit if factor == 1e-40 else 0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("factor", [0.7, 1e-3, 2.0**-20])
+def test_scaling_rounds_half_precision_towards_0(module, where, dtype, factor):
+    """To the nearest, a norm that is scaled down to a bound would exceed it by up to 2⁻⁹ or 2⁻¹² of it."""
+    x = torch.cat([torch.randn(5000), torch.zeros(9), torch.randn(5000) * 2.0**-14]).to(where, dtype)
+    exact = x.double() * factor
+    module.scale_gradients_([x], torch.tensor(factor, dtype=torch.float64, device=where))
+    info = torch.finfo(dtype)
+    assert (x.double().abs() <= exact.abs() * (1 + 1e-6)).all()
+    one_less = x.double().abs() * (1 + 1e-6) + (exact.abs() * info.eps).clamp(min=info.smallest_normal * info.eps)
+    assert (one_less >= exact.abs()).all()
+    assert (x.double() * exact >= 0).all()
 
 
 def test_a_factor_of_1_writes_nothing(module, where):

@@ -133,6 +133,12 @@ def is_dense(x: Tensor) -> bool:
     return True
 
 
+def without_repeats(x: Tensor) -> Tensor:
+    """A view of x with each element of an expanded axis once, so that PyTorch agrees to write into it."""
+    sizes = [min(size, 1) if stride == 0 else size for size, stride in zip(x.shape, x.stride(), strict=True)]
+    return x.as_strided(sizes, x.stride())
+
+
 def clip_factor(total: Tensor, max_norm: float) -> Tensor:
     """What brings a norm down to ``max_norm``, 1 where it is no larger, NaN where it is NaN; as PyTorch's clipping."""
     return (max_norm / (total + 1e-6)).clamp(max=1.0)

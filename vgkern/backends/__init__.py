@@ -8,14 +8,19 @@ it), ``refuses(x) -> str | None`` (why it cannot take this tensor), and
   ``running ← (1 − momentum)·running + momentum·batch`` with the unbiased variance, and ``num_batches_tracked``, which
   may be None, counts up; momentum None stands for the cumulative average, 1/num_batches_tracked.
 
-and two functions over lists of tensors of one device, of any dtypes that it takes:
+and three functions over lists of tensors of one device, of any dtypes that it takes:
 
 * ``gradient_norms(tensors, norm_type, max_norm=inf) -> (norms, total, factor)``, float64: (T,) and (),
   ``(Σ|x|ᵖ)^(1/p)`` of each tensor and of all together, p > 0 or inf; and ``min(1, max_norm / (total + 1e-6))``, (). A
   tensor without elements has norm 0. The norm of finite elements is finite, and 0 only if they are; inf and NaN
   propagate. The host does not wait for the device.
-* ``scale_gradients_(tensors, factor) -> None``: x ← x·factor, factor a float64 scalar on the tensors' device. Where it
-  is 1 nothing is written. Autograd does not hear of the change: the caller counts up the tensors' versions.
+* ``scale_gradients_(tensors, factor) -> None``: x ← x·factor, factor a float64 scalar on the tensors' device, rounded
+  once; in half precision towards 0, so that a factor below 1 brings a norm down to what it is meant to. Where it is 1
+  nothing is written. Autograd does not hear of the change: the caller counts up the tensors' versions.
+* ``clip_units_(parameters, gradients, clip_factor, eps, norm_type) -> list[Tensor]``: a gradient of rank 2 or more is
+  one unit for each index of its first axis, any other is one. A unit g whose norm exceeds clip_factor·max(‖w‖, eps), w
+  being the same unit of the parameter, is scaled down to that norm; NaN where a norm is; others are not written.
+  Returns the gradients that may have changed without autograd's hearing of it.
 """
 
 from __future__ import annotations

@@ -9,9 +9,11 @@ instruction set, which is otherwise the best that the machine has.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +32,7 @@ else:
     _reason = None
     _DTYPE = {getattr(torch, name): code for code, name in enumerate(_C.dtype_names())}
     _ACTIVATION = {name: code for code, name in enumerate(_C.activation_names())}
+    _C.use_tensor_types(Tensor, torch.nn.Parameter)
     _forced_isa = os.environ.get("VGKERN_CPU_ISA")
     if _forced_isa:
         try:
@@ -134,15 +137,49 @@ def update_running_statistics(running_mean, running_var, num_batches_tracked, st
     torch.autograd.graph.increment_version(changed)
 
 
+def plain_gradients(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]] | None:
+    """(parameters, gradients) of those that have a gradient, each gradient once; None if one is no plain CPU tensor.
+
+    Plain: a ``torch.Tensor`` and no subclass, strided, of the dtypes that the kernels take.
+    """
+    return None if _C is None else _C.plain_gradients(parameters)
+
+
 def gradient_norms(
     tensors: Sequence[Tensor], norm_type: float, max_norm: float = math.inf
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(norms, total, factor), as ``vgkern.backends`` says: 1 read of each tensor, 2 for p other than 1, 2 and inf."""
-    out = torch.empty(len(tensors) + 1, dtype=torch.float64)
-    norms, total = out[:-1], out[-1]
-    tensors = [t if t.is_contiguous() or ops.is_dense(t) else t.contiguous() for t in tensors]
-    _C.gradient_norms(*_list(tensors), norm_type, torch.get_num_threads(), norms, total)
-    return norms, total, ops.clip_factor(total, max_norm)
+    out = torch.empty(len(tensors) + 2, dtype=torch.float64, device=_CPU)
+    arrays = _read(tensors)
+    if not arrays.dense:
+        tensors = [t if ops.is_dense(t) else t.contiguous() for t in tensors]
+        arrays = _read(tensors)
+    _C.gradient_norms(arrays, norm_type, max_norm, torch.get_num_threads(), out)
+    return out[:-2], out[-2], out[-1]
+
+
+SAMPLED = 1024  # as kSampled of csrc/gradient_norm.h
+
+
+def sample_norms(tensors: Sequence[Tensor], out: Tensor) -> None:
+    """The L2 norms of the first SAMPLED elements, in memory, of dense tensors into out, float64 (T,)."""
+    _C.sample_norms(_read(tensors), out)
+
+
+def dense_norms(tensors: Sequence[Tensor], *, checked: bool = False) -> tuple[list[float], list[float]] | None:
+    """L2 norms of tensors, and of their first SAMPLED elements, as numbers; None if one is not plain and dense.
+
+    ``checked``: it is known that all are.
+    """
+    arrays = _read(tensors) if checked else _C.read_tensors(tensors)
+    if arrays is None or not arrays.dense:
+        return None
+    count = len(tensors)
+    out = torch.empty(2 * count + 2, dtype=torch.float64, device=_CPU)
+    _C.gradient_norms(arrays, 2.0, math.inf, torch.get_num_threads(), out)
+    _C.sample_norms(arrays, out[count + 2 :])
+    values = out.tolist()
+    return values[:count], values[count + 2 :]
 
 
 def scale_gradients_(tensors: Sequence[Tensor], factor: Tensor) -> None:
@@ -150,15 +187,29 @@ def scale_gradients_(tensors: Sequence[Tensor], factor: Tensor) -> None:
     value = factor.item()
     if value == 1:
         return
-    _C.scale_arrays(*_list([t for t in tensors if ops.is_dense(t)]), value, torch.get_num_threads())
-    for t in tensors:
-        if not ops.is_dense(t):
-            t.mul_(value)
+    arrays = _read(tensors)
+    if not arrays.dense:
+        reference.scale_gradients_([t for t in tensors if not ops.is_dense(t)], factor)
+        arrays = _read([t for t in tensors if ops.is_dense(t)])
+    _C.scale_arrays(arrays, value, torch.get_num_threads())
 
 
-def _list(tensors: Sequence[Tensor]) -> tuple[list[int], list[int], list[int]]:
-    return (
-        [t.data_ptr() for t in tensors],
-        [t.numel() for t in tensors],
-        [_DTYPE[t.dtype] for t in tensors],
+def clip_units_(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], clip_factor: float, eps: float, norm_type: float
+) -> list[Tensor]:
+    """As ``vgkern.backends`` says: one read of each tensor, and a write of the units that are clipped."""
+    weights, arrays = _read(parameters), _read(gradients)
+    if weights.unit_wise and arrays.unit_wise:
+        written = _C.clip_units(weights, arrays, clip_factor, eps, norm_type, torch.get_num_threads())
+        return list(itertools.compress(gradients, written))
+    if len(gradients) == 1:
+        return reference.clip_units_(parameters, gradients, clip_factor, eps, norm_type)
+    pairs = zip(parameters, gradients, strict=True)
+    return [g for pair in pairs for g in clip_units_([pair[0]], [pair[1]], clip_factor, eps, norm_type)]
+
+
+def _read(tensors: Sequence[Tensor]) -> Any:
+    """The tensors as the extension takes them; it does not keep them alive."""
+    return _C.read_tensors(tensors) or _C.Arrays(
+        [(t.data_ptr(), list(t.shape), list(t.stride()), _DTYPE[t.dtype]) for t in tensors]
     )

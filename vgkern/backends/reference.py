@@ -228,17 +228,50 @@ def gradient_norms(
     return norms, total, ops.clip_factor(total, max_norm)
 
 
-def _norm(x: Tensor, p: float) -> Tensor:
+def _norm(x: Tensor, p: float, dim: tuple[int, ...] | None = None) -> Tensor:
+    """Of all of x, (), or over some axes, which keep a size of 1."""
+    keep = dim is not None
     if x.numel() == 0:
-        return x.new_zeros(())
-    largest = x.abs().amax()
+        return x.new_zeros((len(x), *[1] * (x.dim() - 1)) if keep else ())
+    largest = x.abs().amax(dim or (), keepdim=keep)
     divisor = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
-    return torch.linalg.vector_norm(x / divisor, p) * divisor
+    return torch.linalg.vector_norm(x / divisor, p, dim, keepdim=keep) * divisor
 
 
+@torch.no_grad()
 def scale_gradients_(tensors: Sequence[Tensor], factor: Tensor) -> None:
     """x ← x·factor in place, as ``vgkern.backends`` says, except that whether to write is asked of the device."""
     if factor.item() != 1:
-        with torch.no_grad():
-            for t in tensors:
-                t.copy_(t.to(ops.statistics_dtype(t.device)) * factor)
+        for t in map(ops.without_repeats, tensors):
+            t.copy_(_toward_zero(t.to(ops.statistics_dtype(t.device)) * factor, t.dtype))
+
+
+@torch.no_grad()
+def clip_units_(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], clip_factor: float, eps: float, norm_type: float
+) -> list[Tensor]:
+    """As ``vgkern.backends`` says; a gradient on another device than the CPU is written in any case."""
+    for p, g in zip(parameters, gradients, strict=True):
+        factors = unit_factors(p, g, clip_factor, eps, norm_type)
+        stays = factors == 1
+        if not (g.is_cpu and stays.all()):
+            g.copy_(torch.where(stays, g, _toward_zero(g.to(factors.dtype) * factors, g.dtype)))
+    return []  # PyTorch's operations tell autograd
+
+
+def unit_factors(p: Tensor, g: Tensor, clip_factor: float, eps: float, norm_type: float) -> Tensor:
+    """What adaptive clipping multiplies the units of a gradient with: (), or (units, 1, …) of g's rank."""
+    axes = tuple(range(1, g.dim())) if g.dim() > 1 else None
+    dtype = ops.statistics_dtype(g.device)
+    weight, found = (_norm((x.abs() if x.is_complex() else x).to(dtype), norm_type, axes) for x in (p, g))
+    limit = weight.clamp(min=eps) * clip_factor
+    return torch.where(found <= limit, 1.0, limit / found)
+
+
+def _toward_zero(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in ``dtype``, if that is a half precision not further from 0 than it was: see ``csrc/norm_kernels.h``."""
+    rounded = x.to(dtype)
+    if dtype not in (torch.float16, torch.bfloat16):
+        return rounded
+    nearer = (rounded.view(torch.int16) - 1).view(dtype)  # one unit less, whatever the sign
+    return torch.where(rounded.to(x.dtype).abs() > x.abs(), nearer, rounded)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .reference import clip_units_ as clip_units_  # no kernel yet: PyTorch's operations, one gradient at a time
 from .reference import update_running_statistics as update_running_statistics
 
 
@@ -125,9 +126,10 @@ def scale_gradients_(tensors: Sequence[Tensor], factor: Tensor) -> None:
     dense = [t for t in tensors if ops.is_dense(t)]
     if dense:
         _norms().scale_(dense, factor)
-    for t in tensors:
-        if not ops.is_dense(t):
-            t.mul_(factor)
+    with torch.no_grad():
+        for t in tensors:
+            if not ops.is_dense(t):
+                ops.without_repeats(t).mul_(factor)
 
 
 @functools.cache

@@ -1,0 +1,133 @@
+#include "tensors.h"
+
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <unordered_set>
+#include <utility>
+
+#include "dlpack.h"
+
+namespace py = pybind11;
+
+namespace vgkern {
+namespace {
+
+// References that are held for the life of the process, as the types are.
+PyTypeObject* tensor_type = nullptr;
+PyTypeObject* parameter_type = nullptr;
+PyObject* grad = nullptr;  // the descriptor Tensor.grad: asking it saves the look-up by name, a third of the time
+int (*describe)(void*, DLTensor*) = nullptr;
+
+// -1 for a type that the kernels do not take.
+int code_of(DLDataType dtype) {
+  constexpr uint8_t kFloat = 2, kBFloat = 4;
+  if (dtype.lanes != 1) return -1;
+  if (dtype.code == kFloat)
+    return dtype.bits == 32 ? kFloat32 : dtype.bits == 64 ? kFloat64 : dtype.bits == 16 ? kFloat16 : -1;
+  return dtype.code == kBFloat && dtype.bits == 16 ? kBFloat16 : -1;
+}
+
+// Whether the axes are a stretch of memory in some order; they are sorted.
+bool is_dense(std::vector<std::pair<int64_t, int64_t>>& strides_and_sizes) {
+  std::sort(strides_and_sizes.begin(), strides_and_sizes.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : strides_and_sizes) {
+    if (size == 1) continue;
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+void add(Arrays& arrays, void* data, int dtype, int64_t rank, const int64_t* shape, const int64_t* strides) {
+  int64_t count = 1;
+  bool contiguous = true;
+  for (int64_t i = rank; i-- > 0;) {
+    contiguous = contiguous && (shape[i] == 1 || strides[i] == count);
+    count *= shape[i];
+  }
+  const int64_t units = rank >= 2 ? shape[0] : 1;
+  arrays.list.push_back({data, count, DataType(dtype), units});
+  if (contiguous || count == 0) return;
+  std::vector<std::pair<int64_t, int64_t>> axes;
+  for (int64_t i = 0; i < rank; ++i) axes.emplace_back(strides[i], shape[i]);
+  arrays.dense = arrays.dense && is_dense(axes);
+  arrays.unit_wise = arrays.unit_wise && arrays.dense && (units == 1 || strides[0] == count / units);
+}
+
+bool is_plain(PyObject* object) { return Py_TYPE(object) == tensor_type || Py_TYPE(object) == parameter_type; }
+
+// Whether the tensor, of one of the two types, was added.
+bool read(PyObject* tensor, Arrays& arrays) {
+  DLTensor view;
+  if (describe(tensor, &view) != 0) {  // sparse, say
+    PyErr_Clear();
+    return false;
+  }
+  const int dtype = code_of(view.dtype);
+  if (dtype < 0 || view.device.device_type != kDLCPU) return false;
+  char* data = static_cast<char*>(view.data);
+  if (data != nullptr) data += view.byte_offset;
+  add(arrays, data, dtype, view.ndim, view.shape, view.strides);
+  return data != nullptr || arrays.list.back().count == 0;
+}
+
+}  // namespace
+
+void use_tensor_types(py::type tensor, py::type parameter) {
+  tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
+  parameter_type = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
+  grad = py::object(tensor.attr("grad")).release().ptr();
+  const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
+  constexpr auto kName = "dlpack_exchange_api";
+  if (!PyCapsule_IsValid(capsule.ptr(), kName)) return;
+  auto* api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), kName));
+  while (api != nullptr && api->version.major != 1) api = api->prev_api;
+  if (api != nullptr) describe = api->dltensor_from_py_object_no_sync;
+}
+
+py::object plain_gradients(py::sequence parameters) {
+  static PyObject* const name = PyUnicode_InternFromString("grad");
+  if (describe == nullptr) return py::none();
+  py::list with_gradient, gradients;
+  std::unordered_set<PyObject*> seen;
+  seen.reserve(parameters.size());
+  Arrays arrays{{}, true, true};
+  arrays.list.reserve(parameters.size());
+  for (py::handle parameter : parameters) {
+    PyObject* const p = parameter.ptr();
+    auto gradient = py::reinterpret_steal<py::object>(
+        is_plain(p) ? Py_TYPE(grad)->tp_descr_get(grad, p, (PyObject*)Py_TYPE(p)) : PyObject_GetAttr(p, name));
+    if (!gradient) throw py::error_already_set();
+    if (gradient.is_none()) continue;
+    if (!is_plain(gradient.ptr())) return py::none();
+    if (!seen.insert(gradient.ptr()).second) continue;
+    if (!read(gradient.ptr(), arrays)) return py::none();
+    with_gradient.append(parameter);
+    gradients.append(std::move(gradient));
+  }
+  return py::make_tuple(std::move(with_gradient), std::move(gradients));
+}
+
+py::object read_tensors(py::sequence tensors) {
+  if (describe == nullptr) return py::none();
+  Arrays arrays{{}, true, true};
+  arrays.list.reserve(tensors.size());
+  for (py::handle tensor : tensors) {
+    if (!is_plain(tensor.ptr()) || !read(tensor.ptr(), arrays)) return py::none();
+  }
+  return py::cast(std::move(arrays));
+}
+
+Arrays described_arrays(
+    const std::vector<std::tuple<uintptr_t, std::vector<int64_t>, std::vector<int64_t>, int>>& tensors) {
+  Arrays arrays{{}, true, true};
+  for (const auto& [address, shape, strides, dtype] : tensors) {
+    add(arrays, reinterpret_cast<void*>(address), dtype, static_cast<int64_t>(shape.size()), shape.data(),
+        strides.data());
+  }
+  return arrays;
+}
+
+}  // namespace vgkern
