@@ -7,9 +7,22 @@ import warnings
 from . import activations, backends, functional, gradients, memory, nn, testing
 from ._version import __version__
 from .backends import cpu as _cpu
+from .batch_norms import convert_sync_batchnorm, update_bn
 from .verify import verify
 
-__all__ = ["__version__", "activations", "backends", "functional", "gradients", "memory", "nn", "testing", "verify"]
+__all__ = [
+    "__version__",
+    "activations",
+    "backends",
+    "convert_sync_batchnorm",
+    "functional",
+    "gradients",
+    "memory",
+    "nn",
+    "testing",
+    "update_bn",
+    "verify",
+]
 
 if _reason := _cpu.unavailable():
     warnings.warn(

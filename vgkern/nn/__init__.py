@@ -2,5 +2,6 @@
 
 from .add_act import AddAct
 from .batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from .sync_batch_norm_act import SyncBatchNormAct
 
-__all__ = ["AddAct", "BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"]
+__all__ = ["AddAct", "BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d", "SyncBatchNormAct"]
