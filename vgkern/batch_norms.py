@@ -76,6 +76,8 @@ def _synchronised(layer: nn.Module, process_group: ProcessGroup | None) -> SyncB
     tracked = getattr(layer, "_track_grad_stats", None)  # of a layer that is synchronised already
     if tracked is None:
         tracked = not isinstance(layer, _BatchNormAct) or layer._probe is not None
+    if isinstance(layer, _BatchNormAct):
+        new.__dict__.clear()
     # Registries and hooks are copied: what is later registered on one of the two is not to show in the other.
     new.__dict__.update(
         {name: value.copy() if isinstance(value, dict) else value for name, value in vars(layer).items()}
