@@ -226,6 +226,8 @@ def apply(
     if residual is not None:
         residual = residual.contiguous(memory_format=memory_format)
 
+    if residual is input and not direct:
+        residual = input.view_as(input)  # one tensor in two places of an autograd.Function breaks torch.compile's graph
     differentiable = (input, residual, weight, bias, activation_weight)
     records = False
     if torch.is_grad_enabled():
