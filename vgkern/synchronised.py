@@ -128,8 +128,10 @@ def _backward(ctx, dy):
     _, dresidual, dweight, dbias, dactivation_weight, record = ops.batch_norm_act_backward(
         dy, x, residual, mask, statistics, gamma, beta, activation_weight,
         False, config.eps, config.activation, config.args, 0.0, math.inf,
-        [False, need_residual, True, True, need_activation_weight, True],
+        [False, need_residual and config.activation != "identity", True, True, need_activation_weight, True],
     )  # fmt: skip
+    if config.activation == "identity":
+        dresidual = dy  # one tensor serves both
 
     channels = dbias.shape[0]
     scaled_dz_squares = record[2:3]  # what ‖dx‖² would be if the statistics were constants: Σ (γ·r·dz)²
