@@ -27,9 +27,8 @@ struct Width {
   static constexpr int vectors = VECTORS, columns = COLUMNS;
 };
 template <class T, Reads what = Reads::mask>
-using WidthOf = std::conditional_t<
-    kParts != 1 || sizeof(T) == 8, Width<1, 1>,
-    std::conditional_t<what != Reads::z, Width<4, 2>, std::conditional_t<sizeof(T) == 2, Width<2, 2>, Width<1, 1>>>>;
+using WidthOf = std::conditional_t<kParts != 1 || sizeof(T) == 8, Width<1, 1>,
+                                   std::conditional_t<what == Reads::z, Width<2, 2>, Width<4, 2>>>;
 
 // Where a block lies: with one column, vectors side by side; with two, rows of two side by side.
 template <class R, int COLUMNS>
@@ -409,10 +408,11 @@ template <class F, class T, class R, int VECTORS, int COLUMNS>
 VGKERN_INLINE void differentiate(Derivative<R, VECTORS>& out, const F& activation,
                                  const PreActivation<T, COLUMNS>& z_of, const Block<R, COLUMNS>& at,
                                  const Vec<R> (&d)[VECTORS], const Vec<R> (&dy)[VECTORS]) {
-  const Vec<R> one(1), zero(0);
+  const Vec<R> zero(0);
   if constexpr (F::reads == Reads::nothing) {
     unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { out.dz[j] = dy[j]; });
   } else if constexpr (F::reads == Reads::mask) {
+    const Slopes<R> slopes = activation.slopes();
     Mask<R> on[VECTORS];
     if (z_of.tile.mask) {
       load_masks(on, z_of.tile.mask, at);
@@ -423,7 +423,7 @@ VGKERN_INLINE void differentiate(Derivative<R, VECTORS>& out, const F& activatio
     }
     unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
       out.dz[j] = activation.backward(dy[j], on[j]);
-      out.dead[j] = bits(activation.backward(one, on[j]) == zero);
+      out.dead[j] = (slopes.off == 0 ? bits(~on[j]) : 0) | (slopes.on == 0 ? bits(on[j]) : 0);
     });
   } else {
     Vec<R> z[VECTORS];
