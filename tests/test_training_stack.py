@@ -220,7 +220,8 @@ def test_an_exported_training_forward_updates_the_statistics():
 @pytest.mark.filterwarnings("ignore:A model attribute .*_probe", "ignore:.*LeafSpec")
 def test_aot_inductor(tmp_path):
     """A package that is loaded where vgkern is imported: it calls the operators through the dispatcher."""
-    net = randomised(_net()).eval()
+    _train(net := _net())
+    net.eval()
     with torch.no_grad():
         batch = torch.export.Dim("batch", min=2, max=64)
         program = torch.export.export(net, (_data(0),), dynamic_shapes=({0: batch},))
