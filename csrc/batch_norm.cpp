@@ -451,7 +451,9 @@ class ForwardPass : Operation {
         settle_statistics(c, shift[c], sums.total(kDeviation, c), sums.total(kDeviationSquares, c));
       }
     };
-    run({{start, measure_all}, {restart, measure_again}, {settle, write, true}});
+    Step last{settle, nullptr, true};
+    if (call_.y) last.slices = write;
+    run({{start, measure_all}, {restart, measure_again}, last});
   }
 
  private:
@@ -566,6 +568,7 @@ class BackwardPass : Operation {
 
   void operator()() {
     for (int64_t c = 0; c < channels_; ++c) set_channel(c);
+    if (call_.mean_gradients) return differentiate_input();
     const auto reduce_all = [this](int64_t group, int64_t slice, char* kept) {
       reduce(group, slice, call_.dresidual, kept);
     };
@@ -605,6 +608,20 @@ class BackwardPass : Operation {
     const double slope = -input_scale_[channel] * rstd(channel) * dweight_[channel] / count_;
     set(kInputSlope, channel, slope);
     set(kInputShift, channel, -input_scale_[channel] * dbias_[channel] / count_ - mean_rest_[channel] * slope);
+  }
+
+  // dx from the means that were given, and ‖dx‖² as it is written.
+  void differentiate_input() {
+    for (int64_t c = 0; c < channels_; ++c) {
+      dbias_[c] = call_.mean_gradients[c] * count_;
+      dweight_[c] = call_.mean_gradients[channels_ + c] * count_;
+      set_input_line(c);
+      cancels_[c] = 1;  // the closed form holds for the sums of this tensor alone
+    }
+    base_.dx_factor = *call_.dx_factor;
+    run({{nullptr, [this](int64_t group, int64_t slice, char*) { apply(group, slice, nullptr); }},
+         {[this](int64_t begin, int64_t end) { settle_norms(begin, end); }, nullptr}});
+    *call_.dx_squares = add_up(dx_squares_.get());
   }
 
   // Whether dx is made from dz as dresidual has it, rounded to the tensors' type: as PyTorch's batch norm takes it from

@@ -39,7 +39,7 @@ struct Common {
 
 struct Forward : Common {
   ChannelArray running_mean, running_var;
-  void* y;
+  void* y;              // null in training mode: only the statistics are wanted
   double* statistics;   // (3, C), or null: no normalisation
   uint8_t* saved_mask;  // where the backward will want it
 };
@@ -54,6 +54,10 @@ struct Backward : Common {
   void *dx, *dresidual, *dweight, *dbias, *dactivation_weight;
   DataType gradient_dtype;  // of dweight and dbias; dactivation_weight has activation_weight's
   double* record;           // (kRecordFields,)
+  // Where other tensors share the statistics: the means of dz and dz·x̂ over all of them, (2, C), and a factor on dx.
+  // All that is made then is dx and ‖dx‖². Else null.
+  const double *mean_gradients, *dx_factor;
+  double* dx_squares;
 };
 
 void batch_norm_act_forward(const KernelTable& table, const Forward& call);

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <limits>
+
 #include "bandwidth.h"
 #include "batch_norm.h"
 #include "dispatch.h"
@@ -129,6 +131,25 @@ void backward(bool rows, int64_t batch, int64_t channels, int64_t spatial, int d
   batch_norm_act_backward(kernels(), call);
 }
 
+void input_gradient(bool rows, int64_t batch, int64_t channels, int64_t spatial, int dtype, int threads, bool training,
+                    double eps, int activation, std::vector<double> activation_args, Pointer x, Pointer residual,
+                    Channels weight, Channels bias, int parameter_dtype, Channels activation_weight,
+                    int activation_weight_dtype, int64_t activation_weight_size, Pointer dy, Pointer mask,
+                    Channels statistics, Pointer mean_gradients, Pointer dx_factor, Pointer dx, Pointer dx_squares) {
+  auto call = common<Backward>(rows, batch, channels, spatial, DataType(dtype), threads, training, eps, activation,
+                               std::move(activation_args), x, residual, weight, bias, DataType(parameter_dtype),
+                               activation_weight, DataType(activation_weight_dtype), activation_weight_size);
+  call.dy = to<const void>(dy);
+  call.mask = to<const uint8_t>(mask);
+  call.statistics = to<const double>(statistics);
+  call.max_norm = std::numeric_limits<double>::infinity();
+  call.mean_gradients = to<const double>(mean_gradients);
+  call.dx_factor = to<const double>(dx_factor);
+  call.dx = to<void>(dx);
+  call.dx_squares = to<double>(dx_squares);
+  batch_norm_act_backward(kernels(), call);
+}
+
 // out: float64, the norm of each array, that of all together, and the factor of clipping.
 void norms(const Arrays& arrays, double p, double max_norm, int threads, Pointer out) {
   double* each = to<double>(out);
@@ -246,6 +267,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("batch_norm_act_forward", &forward, py::call_guard<py::gil_scoped_release>());
   m.def("batch_norm_act_backward", &backward, py::call_guard<py::gil_scoped_release>());
+  m.def("batch_norm_act_input_gradient", &input_gradient, py::call_guard<py::gil_scoped_release>());
 
   m.def("gradient_norms", &norms, py::call_guard<py::gil_scoped_release>());
   m.def("sample_norms", &samples, py::call_guard<py::gil_scoped_release>());

@@ -25,6 +25,8 @@ backward, given statistics or none                     backward_reduce, finish  
 backward over the batch with bounds of the norm        backward_reduce, backward_apply (reads      2 + 4
                                                        where the closed form cancels), finish,
                                                        backward_apply
+moments alone                                          forward_statistics                          1
+dx over statistics that processes share                backward_apply                              3
 =====================================================  ==========================================  ================
 
 plus 1/8 byte an element for the mask and float64 workspaces of a few values a program.
@@ -58,7 +60,7 @@ from torch import Tensor
 from . import activations, tuning
 from .launching import on_device
 
-__all__ = ["INTERPRETED", "Shape", "backward", "forward"]
+__all__ = ["INTERPRETED", "Shape", "backward", "forward", "input_gradient", "moments"]
 
 #: Whether the kernels of this process run in Triton's interpreter: fixed by TRITON_INTERPRET when triton is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -1037,3 +1039,53 @@ def backward(
         else:
             reduce(dx, dresidual, sums, tallies)
             finish()
+
+
+def moments(x: Tensor, *, shape: Shape) -> Tensor:
+    """Of each channel's splits, float64 (3, num_splits, C): the count n, Σ(x − first) and Σ(x − mean)²."""
+    blocks = _cut(x, shape, live=0)
+    partials = x.new_empty((3, blocks.num_splits, shape.num_channels), dtype=torch.float64)
+    with on_device(x.device):
+        forward_statistics_kernel[(blocks.programs,)](
+            x, partials, shape.num_outer, shape.num_channels, shape.inner_size,
+            blocks.num_tiles, blocks.tiles_per_split, blocks.num_splits, **_common(x, shape, blocks),
+        )  # fmt: skip
+    return partials
+
+
+def input_gradient(
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation_weight: Tensor | None,
+    means: Tensor,
+    factor: Tensor,
+    dx: Tensor,
+    *,
+    shape: Shape,
+    activation: str,
+    activation_args: tuple[float, ...],
+) -> Tensor:
+    """Fill ``dx`` from the means of dz and dz·x̂, float64 (2, C), times ``factor``, (1,); returns ‖dx‖², (1,).
+
+    To ``backward_apply`` they are the sums over one split and a channel of one element; with Σdz² = 0 beside them its
+    closed form of the norm is never larger than 0, so that every channel's norm is summed up from dx.
+    """
+    functions = activations.TABLE[activation]
+    blocks = _cut(x, shape, live=0)
+    sums = x.new_zeros((_NUM_SUMS, 1, shape.num_channels), dtype=torch.float64)
+    sums[:2, 0] = means
+    tallies = x.new_empty((_NUM_TALLIES, blocks.programs), dtype=torch.float64)
+    with on_device(x.device):
+        backward_apply_kernel[(blocks.programs,)](
+            dy, x, residual, mask, statistics, weight, bias, activation_weight, factor, dx, None, sums, tallies, 0.0,
+            shape.num_outer, shape.num_channels, shape.inner_size, blocks.num_tiles, blocks.tiles_per_split, 1, 1,
+            READS_Z=mask is None and activation != "identity", SLOPE_STRIDE=_slope_stride(activation_weight),
+            BACKWARD=functions.backward, ON=functions.on, ARGS=activation_args, SPLITS=1,
+            **_common(x, shape, blocks),
+        )  # fmt: skip
+    return tallies[_TALLY_DX_SQ.value].sum().reshape(1)

@@ -46,6 +46,7 @@ CPU, CPU_NORMS = "csrc/batch_norm.cpp", "csrc/gradient_norm.cpp"
 RECORD = "tests/test_grad_record.py|triton and (every_field or dead_fraction or root_mean)"
 GRADIENTS = "tests/test_gradient_norms.py|triton"
 CPU_KERNELS = "tests/test_cpu_kernels.py"
+SYNC = "tests/test_sync_batch_norm.py"
 CPU_GRID = "tests/test_grid.py|cpu and float32"
 CPU_GRADIENTS = "tests/test_gradient_norms.py|cpu or threads"
 CLIPPING, CLIPPER = "tests/test_clipping.py", "tests/test_clipper.py"
@@ -121,6 +122,21 @@ FAULTS = [
     Fault("a closure's gradients not clipped", "vgkern/gradients/clipper.py",
           "            loss = given()\n            self._clip()\n", "            loss = given()\n",
           f"{CLIPPER}|closures"),
+    # -- Statistics that processes share
+    Fault("every process counts alike", "vgkern/ops.py",
+          "offset = (counts * (means - origin)", "offset = (counts.mean(0) * (means - origin)", SYNC),
+    Fault("means apart from the ranks' own", "vgkern/ops.py",
+          "(squares + counts * deviations.square())", "squares", SYNC),
+    Fault("no sums of the other processes", "vgkern/synchronised.py",
+          'all_reduce(values, "sum", group.name)', 'all_reduce(values, "max", group.name)', SYNC),
+    Fault("a bound of the process alone", "vgkern/synchronised.py",
+          "norm = (sums[-1:] -", "norm = (scaled_dz_squares -", SYNC),
+    Fault("a mean over the process alone", "vgkern/synchronised.py", "/ count.clamp(min=1)\n    rstd",
+          "/ local[0].clamp(min=1)\n    rstd", SYNC),
+    Fault("x̂ without the part of dγ", CPU, "dweight_[c] = call_.mean_gradients[channels_ + c] * count_;",
+          "dweight_[c] = 0.0;", SYNC),
+    Fault("the activation of a converted layer", "vgkern/batch_norms.py",
+          "        new.__dict__.clear()\n", "        pass\n", SYNC),
     # -- Python
     Fault("momentum the wrong way round", "vgkern/backends/reference.py",
           "running_var.lerp_(var, factor)", "running_var.lerp_(var, 1 - factor)", "tests/test_layers.py"),
@@ -136,7 +152,7 @@ FAULTS = [
           "            if stride != expected:\n", "            if stride > expected:\n",
           "tests/test_gradient_norms.py|dense"),
     Fault("a biased variance in the reference", "vgkern/backends/reference.py",
-          "var * (count / (count - 1))", "var", "tests/test_grid.py|reference"),
+          "squares / (count - 1)", "squares / count", "tests/test_grid.py|reference"),
     # -- C++
     Fault("biased running variance, C++", CPU, "var * (count_ / (count_ - 1.0))", "var", CPU_KERNELS),
     Fault("the first slice skipped", CPU, "for (int64_t slice = 0; slice < grid_.slices(); ++slice) {",

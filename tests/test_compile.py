@@ -302,5 +302,7 @@ def test_vgkern_is_the_namespace():
     assert {name for name in dir(torch.ops.vgkern) if name.startswith("batch_norm")} == {
         "batch_norm_act_forward",
         "batch_norm_act_backward",
+        "batch_norm_moments",
+        "batch_norm_act_input_gradient",
     }
     assert vgkern.ops.batch_norm_act_forward is torch.ops.vgkern.batch_norm_act_forward.default

@@ -7,6 +7,7 @@ import warnings
 from . import activations, backends, functional, gradients, init, memory, models, nn, testing
 from ._version import __version__
 from .backends import cpu as _cpu
+from .batch_norms import convert_sync_batchnorm, update_bn
 from .fusion import fold, fuse, fusion_report, unfuse
 from .verify import verify
 
@@ -14,6 +15,7 @@ __all__ = [
     "__version__",
     "activations",
     "backends",
+    "convert_sync_batchnorm",
     "fold",
     "functional",
     "fuse",
@@ -25,6 +27,7 @@ __all__ = [
     "nn",
     "testing",
     "unfuse",
+    "update_bn",
     "verify",
 ]
 

@@ -8,7 +8,6 @@ that the three agree. Adding an activation means adding one row to each of the t
 from __future__ import annotations
 
 import difflib
-import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -43,12 +42,13 @@ class Activation:
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     learnable: bool = False
 
-    @functools.cached_property
-    def backward_reads(self) -> str:
-        """``"nothing"``, ``"mask"`` (one bit an element) or ``"z"`` (the pre-activation, recomputed)."""
-        if self.name == "identity":
-            return "nothing"
-        return "mask" if self.on is not None else "z"
+    #: ``"nothing"``, ``"mask"`` (one bit an element) or ``"z"`` (the pre-activation, recomputed). No cached property:
+    #: before Python 3.12 that takes a lock, at which ``torch.compile`` breaks the graph.
+    backward_reads: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        reads = "nothing" if self.name == "identity" else "mask" if self.on is not None else "z"
+        object.__setattr__(self, "backward_reads", reads)
 
 
 def _gelu(z: Tensor, approximate: float) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import activations, backends, ops
+from . import activations, backends, ops, synchronised
 from .activations import ActivationSpec
 from .backends import reference
 
@@ -202,10 +202,12 @@ def apply(
     spec: ActivationSpec,
     bounds: tuple[float, float],
     direct: bool,
+    group: synchronised.Group | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(output, statistics) of arguments that are checked: what layers and functions share.
 
-    ``direct`` says that the call is ``ops.unwatched``.
+    ``direct`` says that the call is ``ops.unwatched``; ``group``, that statistics of the batch are those of the batches
+    of all its processes.
     """
     if residual is not None and residual.dtype != input.dtype:
         # As PyTorch promotes `batch_norm(input) + residual`. Parameters follow, which costs C elements.
@@ -219,6 +221,8 @@ def apply(
     if residual is not None:
         residual = residual.contiguous(memory_format=memory_format)
 
+    if residual is input and not direct:
+        residual = input.view_as(input)  # one tensor in two places of an autograd.Function breaks torch.compile's graph
     differentiable = (input, residual, weight, bias, activation_weight)
     records = False
     if torch.is_grad_enabled():
@@ -227,7 +231,11 @@ def apply(
                 records = True
                 break
     config = _Config(training, eps, spec.name, spec.args, *bounds, records, memory_format)
-    if not direct:
+    if group is not None:
+        y, statistics = synchronised.apply(
+            *differentiable, probe, running_mean, running_var, eps, spec, bounds, memory_format, group
+        )
+    elif not direct:
         y, statistics, _ = _BatchNormAct.apply(
             *differentiable, probe if records else None, running_mean, running_var, config
         )

@@ -1,8 +1,9 @@
-"""The contract between autograd and the backends: two operators, their schemas, fakes and checks.
+"""The contract between autograd and the backends: the operators, their schemas, fakes and checks.
 
 ``vgkern::batch_norm_act_forward`` and ``vgkern::batch_norm_act_backward`` are functional (they change none of their
-inputs) and each backend implements both with the signatures below. They have no autograd formula of their own; that is
-``vgkern.functional``'s part. Three modes of normalisation:
+inputs) and each backend implements both with the signatures below; so are the two at the end, for statistics that
+several processes share. They have no autograd formula of their own; that is ``vgkern.functional``'s part. Three modes
+of normalisation:
 
 =============  ==========  ============================  =======================================
 mode           training    running_mean, running_var     x̂
@@ -17,7 +18,8 @@ Forward: ``z = weight·x̂ + bias + residual; y = φ(z)``.
 * ``x``: (N, C, *) dense, contiguous or channels_last(_3d); float32, float64, bfloat16 or float16. Never empty.
   In mode "none" any rank: see :func:`geometry`.
 * ``residual``: None, or of x's shape, dtype and strides.
-* ``weight``, ``bias``: None or (C,), of x's dtype, or float32 beside a half-precision x.
+* ``running_mean``, ``running_var``, ``weight``, ``bias``: (C,), the last two or None; of x's dtype, float32 beside a
+  half-precision x, or float64. dweight and dbias have the dtype of weight and bias.
 * ``activation_weight``: (1,) or (C,) for a learnable activation, else None.
 * Returns ``y`` (like x); ``statistics``, float64 (float32 where the device has none), (3, C): mean, rstd and unbiased
   variance (NaN in mode "running"), or (0,) in mode "none"; ``mask``, uint8 bits, or (0,).
@@ -41,6 +43,16 @@ Backward: with ``dz = φ'(z)·dy`` and m elements a channel::
 * ``output_mask``: which of dx, dresidual, dweight, dbias, dactivation_weight and record are wanted. What is not comes
   back as an empty (0,) tensor and costs no write.
 * ``record``: float64 (9,), additive over backward passes: see :data:`RECORD_FIELDS`.
+
+Statistics that several processes share (``vgkern.synchronised``) come from each one's ``batch_norm_moments``, (3, C)
+float64: the count of the channel's elements, their mean, and Σ(x − mean)²; zeros for an empty x. The forward and the
+backward operator then run in mode "running", for all but dx, which is
+``batch_norm_act_input_gradient``'s::
+
+    dx = factor·weight·rstd·(dz − means[0] − x̂·means[1])      ‖dx‖², (1,)
+
+* ``means``: float64 (2, C), those of dz and of dz·x̂ over the elements of all processes; ``factor``: float64, (1,).
+* ``statistics`` are those that the forward operator returned; the other arguments mean what they mean above.
 """
 
 from __future__ import annotations
@@ -94,6 +106,12 @@ _library.define(
     " float min_norm, float max_norm, bool[6] output_mask)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dactivation_weight, Tensor record)"
 )
+_library.define("batch_norm_moments(Tensor x) -> Tensor")
+_library.define(
+    "batch_norm_act_input_gradient(Tensor dy, Tensor x, Tensor? residual, Tensor? mask, Tensor statistics,"
+    " Tensor? weight, Tensor? bias, Tensor? activation_weight, str activation, float[] activation_args, Tensor means,"
+    " Tensor factor) -> (Tensor dx, Tensor dx_squares)"
+)
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:
@@ -144,6 +162,22 @@ def clip_factor(total: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (total + 1e-6)).clamp(max=1.0)
 
 
+def merge_moments(parts: Tensor) -> Tensor:
+    """Moments of all elements, (3, C), from those of their parts, (P, 3, C), of which some may be empty; in one order.
+
+    Means are taken about the largest of them, so that a constant channel keeps its value to the bit. Source: Chan,
+    Golub & LeVeque 1979.
+    """
+    counts, means, squares = parts.unbind(1)
+    origin = means.where(counts > 0, -math.inf).amax(0)
+    origin = origin.where(origin.isfinite(), 0.0)
+    count = counts.sum(0)
+    offset = (counts * (means - origin).where(counts > 0, 0.0)).sum(0) / count.clamp(min=1)
+    mean = origin + offset
+    deviations = (means - mean).where(counts > 0, 0.0)
+    return torch.stack([count, mean, (squares + counts * deviations.square()).sum(0)])
+
+
 def mask_geometry(x: Tensor) -> tuple[int, int]:
     """(outer, inner): x's memory as ``outer`` runs of ``inner`` elements, each with bytes of its own in the mask."""
     rows, n, c, s = layout(x)
@@ -190,6 +224,17 @@ def _backward_fake(
     return tuple(make() if wanted else _empty(x) for make, wanted in zip(like, output_mask, strict=True))
 
 
+def _moments_fake(x):
+    return x.new_empty((3, x.shape[1]), dtype=statistics_dtype(x.device))
+
+
+def _input_gradient_fake(
+    dy, x, residual, mask, statistics, weight, bias, activation_weight,
+    activation, activation_args, means, factor,
+):  # fmt: skip
+    return torch.empty_like(x), torch.empty_like(factor)
+
+
 def run_forward(x, *args):
     """The forward operator past the dispatcher, for calls that are :func:`unwatched`. What it does not make is None."""
     if x.numel() == 0:
@@ -219,15 +264,30 @@ def _backward(dy, *args):
     return tuple(_empty(dy) if gradient is None else gradient for gradient in run_backward(dy, *args))
 
 
+def _moments(x):
+    return backends.of(x).batch_norm_moments(x) if x.numel() else _moments_fake(x).zero_()
+
+
+def _input_gradient(dy, *args):
+    if dy.numel() == 0:
+        dx, dx_squares = _input_gradient_fake(dy, *args)
+        return dx, dx_squares.zero_()
+    return backends.of(dy).batch_norm_act_input_gradient(dy, *args)
+
+
 for _name, _implementation, _fake in (
     ("batch_norm_act_forward", _forward, _forward_fake),
     ("batch_norm_act_backward", _backward, _backward_fake),
+    ("batch_norm_moments", _moments, _moments_fake),
+    ("batch_norm_act_input_gradient", _input_gradient, _input_gradient_fake),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vgkern::{_name}", _fake, lib=_library)
 
 batch_norm_act_forward = torch.ops.vgkern.batch_norm_act_forward.default
 batch_norm_act_backward = torch.ops.vgkern.batch_norm_act_backward.default
+batch_norm_moments = torch.ops.vgkern.batch_norm_moments.default
+batch_norm_act_input_gradient = torch.ops.vgkern.batch_norm_act_input_gradient.default
 
 
 def unwatched(*tensors: Tensor | None) -> bool:
@@ -266,14 +326,15 @@ def check_all(
     training: bool,
     momentum: float,
     eps: float,
+    shared: bool = False,
 ) -> bool:
-    """:func:`check` and :func:`check_batch_norm`; returns whether the call is :func:`unwatched`."""
+    """:func:`check` and :func:`check_batch_norm`; returns whether the call is :func:`unwatched`, and not ``shared``."""
     per_channel = (running_mean, running_var, weight, bias)
-    direct = unwatched(input, residual, activation_weight, *per_channel)
+    direct = not shared and unwatched(input, residual, activation_weight, *per_channel)
     common = direct and _is_common(input, residual, spec, activation_weight, per_channel, training, momentum, eps)
     if not common:
         check(input, residual, spec, activation_weight)
-        check_batch_norm(input, *per_channel, training, momentum, eps)
+        check_batch_norm(input, *per_channel, training, momentum, eps, shared)
     return direct
 
 
@@ -350,8 +411,12 @@ def check_batch_norm(
     training: bool,
     momentum: float,
     eps: float,
+    shared: bool = False,
 ) -> None:
-    """Refuse what ``torch.nn.functional.batch_norm`` refuses, with its exception types, and what it should."""
+    """Refuse what ``torch.nn.functional.batch_norm`` refuses, with its exception types, and what it should.
+
+    ``shared``: other processes have a part in the statistics, so one value a channel is enough here.
+    """
     given = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     per_channel = {name: tensor for name, tensor in given.items() if tensor is not None}
     for name, tensor in per_channel.items():
@@ -369,7 +434,7 @@ def check_batch_norm(
         kind = RuntimeError if per_channel else IndexError
         raise kind(f"input: expected at least 2 dimensions (N, C, ...), got {input.dim()}D")
     channels = input.shape[1]
-    if training and input.shape[0] * math.prod(input.shape[2:]) == 1:
+    if training and not shared and input.shape[0] * math.prod(input.shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.size()}")
     if not (eps > 0 or (eps == 0 and not training)):  # written so that NaN is refused
         wanted = "positive during training" if training else "non-negative"

@@ -1,7 +1,8 @@
 """Which implementation of the operators runs: an ordered list of preferences that ends in the reference.
 
 A backend is a module with ``batch_norm_act_forward`` and ``batch_norm_act_backward`` (the signatures of ``vgkern.ops``;
-what is not made or not wanted is an empty tensor or None), ``unavailable() -> str | None`` (why this process cannot use
+what is not made or not wanted is an empty tensor or None), ``batch_norm_moments`` and ``batch_norm_act_input_gradient``
+(the same), ``unavailable() -> str | None`` (why this process cannot use
 it), ``refuses(x) -> str | None`` (why it cannot take this tensor), and
 
 * ``update_running_statistics(running_mean, running_var, num_batches_tracked, statistics, momentum) -> None``, in place:

@@ -120,6 +120,33 @@ def batch_norm_act_backward(
     return dx, dresidual, dweight, dbias, dactivation_weight, record
 
 
+def batch_norm_moments(x):
+    """1 read of x; of float64, 2."""
+    _, n, c, s = layout = ops.layout(x)
+    count = n * s
+    statistics = torch.empty(3, c, dtype=torch.float64, device=_CPU)
+    _C.batch_norm_act_forward(
+        *_common(layout, x, None, None, None, None, True, 1.0, "identity", ()), None, None, 0, None, statistics, None
+    )
+    mean, _, var = statistics
+    squares = var * (count - 1) if count > 1 else mean - mean  # of one value 0, or NaN
+    return torch.stack([torch.full_like(mean, count), mean, squares])
+
+
+def batch_norm_act_input_gradient(
+    dy, x, residual, mask, statistics, weight, bias, activation_weight,
+    activation, activation_args, means, factor,
+):  # fmt: skip
+    """2 reads (3 with a residual that z is made from) and 1 write of a tensor of x's size."""
+    dx = memory.empty_like(x)
+    dx_squares = torch.empty_like(factor)
+    _C.batch_norm_act_input_gradient(
+        *_common(ops.layout(x), x, residual, weight, bias, activation_weight, True, 0.0, activation, activation_args),
+        dy, mask, statistics, means.contiguous(), factor, dx, dx_squares,
+    )  # fmt: skip
+    return dx, dx_squares
+
+
 def update_running_statistics(running_mean, running_var, num_batches_tracked, statistics, momentum):
     counter = num_batches_tracked
     if (

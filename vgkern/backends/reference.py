@@ -41,13 +41,18 @@ def _sum(t: Tensor) -> Tensor:
 
 def batch_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(mean, rstd, unbiased variance) of each channel, (C,) float64; differentiable."""
-    x = x.to(ops.statistics_dtype(x.device))
+    mean, squares = _mean_and_squares(x.to(ops.statistics_dtype(x.device)))
+    count = x.numel() // x.shape[1]
+    return mean, (squares / count + eps).rsqrt(), squares / (count - 1)
+
+
+def _mean_and_squares(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each channel's mean and Σ(x − mean)²."""
     count = x.numel() // x.shape[1]
     mean = _sum(x) / count
     # One step of refinement: the rounded sum of 2²⁰ equal values is not that value times 2²⁰.
     mean = mean + _sum(x - _expand(mean, x)) / count
-    var = _sum((x - _expand(mean, x)).square()) / count
-    return mean, (var + eps).rsqrt(), var * (count / (count - 1))
+    return mean, _sum((x - _expand(mean, x)).square())
 
 
 def running_statistics(running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -180,6 +185,25 @@ def batch_norm_act_forward(
         assert on_of is not None, activation  # what "mask" in backward_reads means
         mask = _pack(on_of(z, *activation_args), x)
     return torch.empty_like(x).copy_(y), statistics, mask
+
+
+def batch_norm_moments(x: Tensor) -> Tensor:
+    mean, squares = _mean_and_squares(x.to(ops.statistics_dtype(x.device)))
+    return torch.stack([torch.full_like(mean, x.numel() // x.shape[1]), mean, squares])
+
+
+def batch_norm_act_input_gradient(
+    dy, x, residual, mask, statistics, weight, bias, activation_weight,
+    activation, activation_args, means, factor,
+):  # fmt: skip
+    mean, rstd, _ = statistics
+    _, dz, *_ = differentiate(
+        dy, x, residual, mask, mean, rstd, weight, bias, activation_weight, False, activation, activation_args
+    )
+    normalised, _ = _pre_activation(x, None, None, None, mean, rstd)
+    dx = dz - _expand(means[0], x) - normalised * _expand(means[1], x)
+    dx = dx * _expand(factor * (rstd if weight is None else rstd * weight), x)
+    return torch.empty_like(x).copy_(dx), dx.square().sum().reshape(1)
 
 
 def update_running_statistics(

@@ -111,6 +111,28 @@ def batch_norm_act_backward(
     return tuple(x.new_empty((0,)) if output is None else output for output in outputs)
 
 
+def batch_norm_moments(x):
+    counts, totals, squares = _kernels().moments(x, shape=_shape(x, per_channel=True, has_mask=False))
+    first = x[(0, slice(None), *[0] * (x.dim() - 2))].double()  # what the kernel measures from
+    means = first.where(first.isfinite(), 0.0) + totals / counts
+    return ops.merge_moments(torch.stack([counts, means, squares], 1))
+
+
+def batch_norm_act_input_gradient(
+    dy, x, residual, mask, statistics, weight, bias, activation_weight,
+    activation, activation_args, means, factor,
+):  # fmt: skip
+    if dy.stride() != x.stride():
+        dy = torch.empty_like(x).copy_(dy)  # the kernels walk both with one set of offsets
+    dx = torch.empty_like(x)
+    dx_squares = _kernels().input_gradient(
+        dy, x, residual, mask, statistics, weight, bias, activation_weight, means, factor, dx,
+        shape=_shape(x, per_channel=True, has_mask=mask is not None),
+        activation=activation, activation_args=tuple(activation_args),
+    )  # fmt: skip
+    return dx, dx_squares
+
+
 def gradient_norms(
     tensors: Sequence[Tensor], norm_type: float, max_norm: float = math.inf
 ) -> tuple[Tensor, Tensor, Tensor]:

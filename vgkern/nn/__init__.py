@@ -3,6 +3,7 @@
 from .add_act import AddAct
 from .batch_norm_act import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from .blocks import BasicBlock, Bottleneck, DropPath, PreActBasicBlock, PreActBottleneck
+from .sync_batch_norm_act import SyncBatchNormAct
 
 __all__ = [
     "AddAct",
@@ -14,4 +15,5 @@ __all__ = [
     "DropPath",
     "PreActBasicBlock",
     "PreActBottleneck",
+    "SyncBatchNormAct",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .. import functional, ops
+from .. import functional, ops, synchronised
 from ..functional import Bounds
 from ..gradients.record import GradRecordMixin
 from ._activation import ActivationMixin
@@ -21,6 +21,7 @@ class _BatchNormAct(GradRecordMixin, ActivationMixin, _NormBase):
     # Derived from _NormBase for its parameters, buffers and loading, and not from _BatchNorm: the converters of
     # PyTorch (SyncBatchNorm, quantisation) replace every _BatchNorm and would drop the activation without a word.
     _ranks: ClassVar[tuple[int, ...]]
+    _group: synchronised.Group | None = None  # with whom the statistics of a batch are shared
 
     def __init__(
         self,
@@ -74,20 +75,21 @@ class _BatchNormAct(GradRecordMixin, ActivationMixin, _NormBase):
         if running_mean is None or (training and not tracked):
             running_mean = running_var = None
         activation, activation_weight = self.activation, self.activation_weight
-        momentum = self.momentum
+        momentum, group = self.momentum, self._group
         direct = ops.check_all(
             input, residual, activation, activation_weight, running_mean, running_var, weight, bias, uses_batch,
-            0.0 if momentum is None else momentum, self.eps,
+            0.0 if momentum is None else momentum, self.eps, group is not None,
         )  # fmt: skip
 
         y, statistics = functional.apply(
             input, residual, weight, bias, activation_weight, self._probe_on(input.device),
-            running_mean, running_var, uses_batch, self.eps, activation, self._bounds, direct,
+            running_mean, running_var, uses_batch, self.eps, activation, self._bounds, direct, group,
         )  # fmt: skip
         # State changes last: whatever raises above leaves the layer as it was.
         if training:
             counter = num_batches_tracked if tracked else None
-            if running_mean is not None and running_var is not None and input.numel() > 0:
+            has_elements = group is not None or input.numel() > 0
+            if running_mean is not None and running_var is not None and has_elements:
                 functional.update_running_statistics(running_mean, running_var, counter, statistics, momentum, direct)
             elif counter is not None:
                 counter.add_(1)
