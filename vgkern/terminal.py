@@ -15,12 +15,12 @@ __all__ = ["console", "device", "figure_path", "writable"]
 _PIPE_WIDTH = 120  # columns where no terminal says how many it has
 
 
-def console(stream: IO[str]) -> Any:
-    """A ``rich.console.Console`` on ``stream``."""
+def console(stream: IO[str], pipe_width: int = _PIPE_WIDTH) -> Any:
+    """A ``rich.console.Console`` on ``stream``, ``pipe_width`` columns wide where that is no terminal."""
     from rich.console import Console
 
     made = Console(file=stream)
-    return made if made.is_terminal else Console(file=stream, width=_PIPE_WIDTH)
+    return made if made.is_terminal else Console(file=stream, width=pipe_width)
 
 
 def figure_path(out: str, name: str) -> Path:
