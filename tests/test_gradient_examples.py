@@ -28,3 +28,15 @@ def test_bounds_keep_a_net_trainable_whatever_the_loss_is_multiplied_by(tmp_path
         assert (accuracy[factor, False] > 0.7) == (factor == 1), accuracy
     assert "accuracy" in capsys.readouterr().out
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_normalised_initialisation_keeps_the_gradient_and_the_usual_one_loses_it_as_published(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    example = _example("glorot_bengio_2010")
+    results = example.main(tmp_path / "a.png", width=128, seeds=3)
+    a_layer = {key: (norms[0] / norms[-1]) ** (1 / (len(norms) - 1)) for key, norms in results.items()}
+    assert a_layer["tanh", "usual"] == pytest.approx(3**-0.5, abs=0.08)
+    assert a_layer["tanh", "normalised"] == pytest.approx(1, abs=0.2)
+    assert a_layer["sigmoid", "normalised"] < 0.3
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -13,6 +13,12 @@ __all__ = ["MonitorCallback"]
 
 
 class MonitorCallback:
+    """Makes the monitor when training starts and takes its hooks off when it ends.
+
+    Args:
+        every, capacity: as :class:`~vgkern.gradients.GradientMonitor`.
+    """
+
     def __init__(self, *, every: int = 1, capacity: int = 1000, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.every, self.capacity = every, capacity
