@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vgkern.demo.nets import NETS, DeepNet, check_depth
+from vgkern.demo.nets import NETS, DeepNet
 from vgkern.gradients import GradientMonitor
 from vgkern.gradients.record import GradRecordMixin
+from vgkern.models.resnet import check_depth
 
 from . import environment
 from .console import console, rounds

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from . import environment
 from .console import console, progress, rounds
 from .floor import FORMATS
-from .model import NORMS, ResNet50, convolutions_only
+from .model import NETS, ResNet, convolutions_only
 from .timing import Timing, interleave
 
 DTYPES = ("float32", "bfloat16")
@@ -38,10 +38,10 @@ ALLOWED_FACTOR = 4.0
 CHECKED_IMAGES = 4
 
 
-def make_nets(dtype: torch.dtype, layout: str, device: str) -> dict[str, ResNet50]:
+def make_nets(dtype: torch.dtype, layout: str, device: str) -> dict[str, ResNet]:
     """The nets by name, with the same weights."""
     torch.manual_seed(0)
-    nets = {name: ResNet50(norm) for name, norm in NORMS.items()}
+    nets = {name: make() for name, make in NETS.items()}
     for net in nets.values():
         net.load_state_dict(nets["torch.nn"].state_dict())
         net.to(device, dtype, memory_format=FORMATS[layout])
@@ -64,7 +64,7 @@ def make_step(
     return step
 
 
-def errors(nets: dict[str, ResNet50], images: Tensor, labels: Tensor) -> dict[str, dict[str, float]]:
+def errors(nets: dict[str, ResNet], images: Tensor, labels: Tensor) -> dict[str, dict[str, float]]:
     """{net: {"logits" | "gradients": relative error in the L2 norm against the plain net in float64}}
 
     Of both nets in their dtype, and, as "vgkern, float64", of the fused net in float64.
@@ -79,14 +79,14 @@ def errors(nets: dict[str, ResNet50], images: Tensor, labels: Tensor) -> dict[st
     }
 
 
-def _copy(net: ResNet50, name: str, dtype: torch.dtype) -> ResNet50:
+def _copy(net: ResNet, name: str, dtype: torch.dtype) -> ResNet:
     """In another dtype; a net of its own, so that a check leaves the running statistics as they are."""
-    made = ResNet50(NORMS[name], net.fc.out_features).to(net.fc.weight.device, dtype)
+    made = NETS[name](net.fc.out_features).to(net.fc.weight.device, dtype)
     made.load_state_dict(net.state_dict())
     return made
 
 
-def _logits_and_gradients(net: ResNet50, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def _logits_and_gradients(net: ResNet, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     logits = net(images)
     gradients = torch.autograd.grad(F.cross_entropy(logits, labels), list(net.parameters()))
     return {
@@ -161,7 +161,7 @@ class Outcome:
         return self.profiles["torch.nn"].other / self.profiles["vgkern"].other
 
 
-def measure(nets: dict[str, ResNet50], images: Tensor, labels: Tensor, args: argparse.Namespace) -> Outcome:
+def measure(nets: dict[str, ResNet], images: Tensor, labels: Tensor, args: argparse.Namespace) -> Outcome:
     """Steps of both nets and of the convolutions alone, interleaved; then the profiles."""
     everything = {**nets, "convolution only": convolutions_only(nets["torch.nn"])}
     steps = {name: make_step(net, images, labels, _sgd(net) if args.sgd else None) for name, net in everything.items()}
@@ -236,7 +236,7 @@ def _table(outcome: Outcome, args: argparse.Namespace) -> Table:
 
 def conclusions(outcome: Outcome) -> list[str]:
     step = outcome.timings["vgkern"].speedup_over(outcome.timings["torch.nn"])
-    shares = {name: outcome.other_share(name) for name in NORMS}
+    shares = {name: outcome.other_share(name) for name in NETS}
     return [
         f"a step: {step:.2f}x; not convolution: {shares['torch.nn']:.1%} before, {shares['vgkern']:.1%} after, "
         f"its time cut by {outcome.cut:.2f}x",

@@ -611,10 +611,11 @@ class BackwardPass : Operation {
   // its activation, and half of the work of a smooth one. Kept or read again, it is the same.
   bool reads_dresidual() const { return call_.dresidual && !call_.mask; }
 
-  // Of a slice's dz, if it is to be kept for the second pass: where it costs more to make than to read again.
+  // Of a slice's dz, if it is to be kept for the second pass: where it costs more to make than to read again, and
+  // dresidual does not stay in the caches.
   int64_t kept_bytes() const {
     const int64_t bytes = grid_.padded_slice() * item_size(call_.dtype);
-    return base_.residual && reads_dresidual() && bytes * grid_.slices() <= kMaxKeptBytes ? bytes : 0;
+    return base_.streams && base_.residual && reads_dresidual() && bytes * grid_.slices() <= kMaxKeptBytes ? bytes : 0;
   }
 
   // Sums; and, with frozen statistics, dx.

@@ -1,4 +1,5 @@
-// The Python module vgkern._C: pointers, sizes and type codes go in, nothing of torch is known here.
+// The Python module vgkern._C: tensors, sizes and type codes go in; of torch nothing is known but a few attributes'
+// names.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -14,8 +15,8 @@ namespace py = pybind11;
 namespace vgkern {
 namespace {
 
-// Where a tensor's first element is; null for None. What is asked of a tensor is asked from here (data_ptr, and of
-// Channels is_contiguous): in Python that costs twice the time, and there are up to fifteen tensors in a call.
+// Where a tensor's first element is; null for None. What is asked of a tensor is asked from here, as there are up to
+// fifteen in a call: from Python it takes 2 µs more.
 struct Pointer {
   uintptr_t address = 0;
 };
@@ -26,6 +27,43 @@ struct Channels : Pointer {};
 template <class T>
 T* to(Pointer p) {
   return reinterpret_cast<T*>(p.address);
+}
+
+py::object ask(py::handle tensor, PyObject* method) {
+  auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), method));
+  if (!answer) throw py::error_already_set();
+  return answer;
+}
+
+uintptr_t address_of(py::handle tensor) {
+  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+  return PyLong_AsSize_t(ask(tensor, data_ptr).ptr());
+}
+
+// Whether each is None, or a dense CPU tensor of exactly one of the two types whose memory holds its values. A tensor
+// that is sparse, or a wrapper of a transform, has no data_ptr to give; that of a lazy zero, or of no element, is 0.
+bool are_ordinary(py::tuple tensors, py::handle tensor_type, py::handle parameter_type) {
+  static PyObject* const is_cpu = PyUnicode_InternFromString("is_cpu");
+  static PyObject* const is_nested = PyUnicode_InternFromString("is_nested");
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  const auto is = [](py::handle tensor, PyObject* attribute) {
+    const auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), attribute));
+    if (!value) throw py::error_already_set();
+    return value.ptr() == Py_True;
+  };
+  try {
+    for (const py::handle tensor : tensors) {
+      if (tensor.is_none()) continue;
+      const py::handle type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
+      if (type.ptr() != tensor_type.ptr() && type.ptr() != parameter_type.ptr()) return false;
+      if (!is(tensor, is_cpu) || is(tensor, is_nested) || ask(tensor, is_neg).ptr() == Py_True) return false;
+      if (address_of(tensor) == 0) return false;
+    }
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_RuntimeError)) throw;  // NotImplementedError is one
+    return false;
+  }
+  return true;
 }
 
 template <class Call>
@@ -131,11 +169,13 @@ void update_running_statistics(Pointer statistics, int64_t channels, double mome
   if (num_batches_tracked.address) ++*to<int64_t>(num_batches_tracked);
 }
 
-void apply_math(const std::string& name, uintptr_t in, uintptr_t out, int64_t count, bool is_double) {
+void apply_math(const std::string& name, uintptr_t in, uintptr_t out, int64_t count, const std::string& kind) {
   const KernelTable& table = kernels();
   const Pointer from{in}, to_{out};
-  const bool known = is_double ? table.apply_math_double(name.c_str(), to<const double>(from), to<double>(to_), count)
-                               : table.apply_math_float(name.c_str(), to<const float>(from), to<float>(to_), count);
+  const auto in_float = kind == "coarse" ? table.apply_math_coarse : table.apply_math_float;
+  const bool known = kind == "float64"
+                         ? table.apply_math_double(name.c_str(), to<const double>(from), to<double>(to_), count)
+                         : in_float(name.c_str(), to<const float>(from), to<float>(to_), count);
   if (!known) throw std::invalid_argument("no mathematical function '" + name + "'");
 }
 
@@ -169,23 +209,12 @@ py::tuple pool_stats() {
 
 namespace pybind11::detail {
 
-inline object ask(handle tensor, PyObject* method) {
-  auto answer = reinterpret_steal<object>(PyObject_CallMethodNoArgs(tensor.ptr(), method));
-  if (!answer) throw error_already_set();
-  return answer;
-}
-
-inline uintptr_t address_of(handle tensor) {
-  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
-  return PyLong_AsSize_t(ask(tensor, data_ptr).ptr());
-}
-
 template <>
 struct type_caster<vgkern::Pointer> {
   PYBIND11_TYPE_CASTER(vgkern::Pointer, const_name("Tensor | None"));
 
   bool load(handle tensor, bool) {
-    if (!tensor.is_none()) value.address = address_of(tensor);
+    if (!tensor.is_none()) value.address = vgkern::address_of(tensor);
     return true;
   }
 };
@@ -198,11 +227,11 @@ struct type_caster<vgkern::Channels> {
     static PyObject* const is_contiguous = PyUnicode_InternFromString("is_contiguous");
     static PyObject* const contiguous = PyUnicode_InternFromString("contiguous");
     if (tensor.is_none()) return true;
-    if (ask(tensor, is_contiguous).ptr() != Py_True) {
-      copy_ = ask(tensor, contiguous);
+    if (vgkern::ask(tensor, is_contiguous).ptr() != Py_True) {
+      copy_ = vgkern::ask(tensor, contiguous);
       tensor = copy_;
     }
-    value.address = address_of(tensor);
+    value.address = vgkern::address_of(tensor);
     return true;
   }
 
@@ -223,6 +252,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("gradient_norms", &norms, py::call_guard<py::gil_scoped_release>());
   m.def("scale_arrays", &scale, py::call_guard<py::gil_scoped_release>());
   m.def("update_running_statistics", &update_running_statistics);
+  m.def("are_ordinary", &are_ordinary);
 
   m.def(
       "dtype_names", [] { return std::vector<std::string>{"float32", "float64", "bfloat16", "float16"}; },
@@ -231,8 +261,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &available_isas, "Instruction sets that this machine runs, the best first.");
   m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");
   m.def("apply_math", &apply_math, py::arg("name"), py::arg("in_ptr"), py::arg("out_ptr"), py::arg("n"),
-        py::arg("is_double"),
-        "A function of csrc/simd_math.h over an array, in the instruction set in use; for tests.");
+        py::arg("kind"),
+        "A function of csrc/simd_math.h over an array, in the instruction set in use; for tests. The kind is float32, "
+        "coarse (float32 as half-precision tensors are computed with) or float64.");
   m.def("pool_tensor", &pool_tensor, py::arg("shape"), py::arg("strides"), py::arg("code_and_bits"),
         "DLPack capsule of an uninitialised dense tensor in memory of the pool; None where there is none.");
   m.def("pool_stats", &pool_stats, "The fields of vgkern.memory.MemoryStats, in order.");

@@ -123,6 +123,7 @@ struct KernelTable {
   void (*from_double[kDataTypes])(const double* source, void* target, int64_t count);
   // The functions of simd_math.h, for tests: false where there is none of that name.
   bool (*apply_math_float)(const char* name, const float* in, float* out, int64_t count);
+  bool (*apply_math_coarse)(const char* name, const float* in, float* out, int64_t count);
   bool (*apply_math_double)(const char* name, const double* in, double* out, int64_t count);
   NormPart (*norm[kDataTypes])(const void* x, int64_t count, NormKind kind, double p);  // 1 unit
   void (*scale[kDataTypes])(void* x, int64_t count, double factor);                     // 2 units

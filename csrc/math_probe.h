@@ -1,8 +1,8 @@
 // simd_math.h laid open to tests: each function by name, over an array.
 //
-//     apply_math<float>("tanh", in, out, n)     false if there is no such function
+//     apply_math<Math<float>>("tanh", in, out, n)     false if there is no such function
 //
-// An instruction set's translation unit instantiates it for float and double.
+// An instruction set's translation unit instantiates it for the three kinds of Math.
 #pragma once
 
 #include <cstring>
@@ -10,20 +10,20 @@
 #include "simd_math.h"
 
 // name, expression in x
-#define VGKERN_MATH_FUNCTIONS(X)                 \
-  X(exp, exp(x))                                 \
-  X(expm1, expm1(x))                             \
-  X(tanh, tanh(x))                               \
-  X(sigmoid, sigmoid(x))                         \
-  X(logistic_derivative, logistic(x).derivative) \
-  X(log1p_exp, log1p_exp(x))                     \
-  X(normal_cdf, normal(x).cdf)                   \
-  X(normal_pdf, normal(x).pdf)
+#define VGKERN_MATH_FUNCTIONS(X)                    \
+  X(exp, exp<M>(x))                                 \
+  X(expm1, expm1<M>(x))                             \
+  X(tanh, tanh<M>(x))                               \
+  X(sigmoid, sigmoid<M>(x))                         \
+  X(logistic_derivative, logistic<M>(x).derivative) \
+  X(log1p_exp, log1p_exp<M>(x))                     \
+  X(normal_cdf, normal<M>(x).cdf)                   \
+  X(normal_pdf, normal<M>(x).pdf)
 
 namespace vgkern {
 namespace {
 
-template <class R>
+template <class M, class R>
 bool apply_math(const char* name, const R* in, R* out, int64_t n) {
 #define VGKERN_APPLY(function, expression)                                       \
   if (std::strcmp(name, #function) == 0) {                                       \

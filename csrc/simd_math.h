@@ -21,12 +21,14 @@ struct Math;
 
 template <>
 struct Math<float> {
+  static constexpr bool kCoarse = false;
   static constexpr int kMantissaBits = 23;
   static constexpr int kBias = 127;
   static constexpr int kExcess = 64;  // an exponent that keeps 2ⁿ a normal number where eˣ no longer is one
   static constexpr float kUndoExcess = 0x1p-64f;
   static constexpr float kShifter = 0x1.8p23f;  // adding it rounds to an integer and leaves that in the lowest bits
   static constexpr float kLog2E = 0x1.715476p+0f;
+  static constexpr float kLn2 = 0x1.62e43p-1f;
   static constexpr float kLn2High = 0x1.62e4p-1f;  // few bits, so that its products with integers are exact
   static constexpr float kLn2Low = 0x1.7f7d1cp-20f;
 
@@ -52,6 +54,7 @@ struct Math<float> {
 
 template <>
 struct Math<double> {
+  static constexpr bool kCoarse = false;
   static constexpr int kMantissaBits = 52;
   static constexpr int kBias = 1023;
   static constexpr int kExcess = 512;
@@ -92,6 +95,42 @@ struct Math<double> {
       -7.103041223035202e-01,  2.6946641301648464e+00,  -3.1370429349175524e+00, 1.75};
 };
 
+// What half-precision tensors are computed with: results good to 1.5e-5, a thirtieth of float16's unit in the last
+// place. The polynomials are minimax too, by Lawson's iteration in float64.
+struct CoarseMath : Math<float> {
+  static constexpr bool kCoarse = true;
+  static constexpr float kExp[] = {4.1277748e-02f, 1.6753514e-01f, 5.0005114e-01f};
+  // 2ˣ for 0 ≤ x ≤ 1
+  static constexpr float kExp2[] = {1.3534169e-02f, 5.201146e-02f, 2.4144275e-01f, 6.9300383e-01f, 1.0000026e+00f};
+  static constexpr float kLog1p[] = {-2.4734516e-02f, 1.0359258e-01f, -2.1240416e-01f, 3.2622609e-01f, -4.9953946e-01f};
+  static constexpr float kTanh[] = {-4.3099634e-02f, 1.3152356e-01f, -3.3324513e-01f};
+  static constexpr float kTail[] = {1.3232367e-01f, -3.0341291e-01f, 1.595427e-03f, 2.9259479e-01f,
+                                    5.4318845e-01f, -1.6421435e+00f, 1.3750012e+00f};
+};
+
+// For tensors of type T.
+template <class T>
+using MathOf = std::conditional_t<sizeof(T) == 2, CoarseMath, Math<Opmath<T>>>;
+
+// a / b, for b in 1 … 2⁶⁰ or NaN where M is coarse.
+template <class M, class R>
+VGKERN_INLINE Vec<R> quotient(Vec<R> a, Vec<R> b) {
+#if VGKERN_AVX512
+  if constexpr (M::kCoarse) {
+    const Vec<R> r = reciprocal_14_bits(b);
+    return a * fma(r, fma(-b, r, Vec<R>(1)), r);
+  }
+#endif
+  return a / b;
+}
+
+// a / b for a constant b.
+template <class M, class R>
+VGKERN_INLINE Vec<R> over(Vec<R> a, R b) {
+  if constexpr (M::kCoarse) return a * (R(1) / b);
+  return a / b;
+}
+
 template <class R, int N>
 VGKERN_INLINE Vec<R> polynomial(Vec<R> x, const R (&coefficients)[N]) {
   Vec<R> p = coefficients[0];
@@ -115,42 +154,56 @@ struct Exponential {
 };
 
 // |x| below 1000, or NaN. `rest`, if given, is a small number to be added to x without rounding.
-template <class R, class... Rest>
+template <class M, class R, class... Rest>
 VGKERN_INLINE Exponential<R> split_exp(Vec<R> x, R bias, Rest... rest) {
-  using M = Math<R>;
   const Vec<R> shifter = M::kShifter + bias;
   const Vec<R> shifted = fma(x, Vec<R>(M::kLog2E), shifter);
   const Vec<R> n = shifted - shifter;
-  const Vec<R> r = (fma(n, Vec<R>(-M::kLn2Low), fma(n, Vec<R>(-M::kLn2High), x)) + ... + rest);
+  Vec<R> r;
+  if constexpr (M::kCoarse) {
+    r = fma(n, Vec<R>(-M::kLn2), x);
+  } else {
+    r = (fma(n, Vec<R>(-M::kLn2Low), fma(n, Vec<R>(-M::kLn2High), x)) + ... + rest);
+  }
   return {as_int(shifted), n, fma(r * r, polynomial(r, M::kExp), r)};
 }
 
+#if VGKERN_AVX512
+// eˣ for every x, from the fraction of x·log₂e.
+VGKERN_INLINE Vec<float> exp_coarse(Vec<float> x) {
+  const Vec<float> t = x * Vec<float>(CoarseMath::kLog2E);
+  return scale(polynomial(fraction(t), CoarseMath::kExp2), t);
+}
+#endif
+
 // exp(x + rest) for kNormalMin ≤ x ≤ 40 or NaN.
-template <class R, class... Rest>
+template <class M, class R, class... Rest>
 VGKERN_INLINE Vec<R> exp_in_range(Vec<R> x, Rest... rest) {
 #if VGKERN_AVX512
-  const Exponential<R> e = split_exp(x, R(0), rest...);
+  if constexpr (M::kCoarse) return exp_coarse(x);
+  const Exponential<R> e = split_exp<M>(x, R(0), rest...);
   return scale(e.p + R(1), e.n);
 #else
-  using M = Math<R>;
   // Too big by 2^kExcess at first, so that the power is a normal number; subnormal results are rounded once.
-  const Exponential<R> e = split_exp(x, R(M::kBias + M::kExcess), rest...);
+  const Exponential<R> e = split_exp<M>(x, R(M::kBias + M::kExcess), rest...);
   const Vec<R> power = as_real<R>(e.exponent << M::kMantissaBits);
   return fma(power, e.p, power) * M::kUndoExcess;
 #endif
 }
 
 // eˣ. Float ≤ 1.04 ULP, double ≤ 1.05.
-template <class R>
+template <class M, class R>
 VGKERN_INLINE Vec<R> exp(Vec<R> x) {
-  using M = Math<R>;
+#if VGKERN_AVX512
+  if constexpr (M::kCoarse) return exp_coarse(x);
+#endif
   x = min(Vec<R>(M::kExpMax), max(Vec<R>(M::kExpMin), x));
 #if VGKERN_AVX512
-  const Exponential<R> e = split_exp(x, R(0));
+  const Exponential<R> e = split_exp<M>(x, R(0));
   return scale(e.p + R(1), e.n);
 #else
   // 2ⁿ in two factors, each of which is a normal number.
-  const Exponential<R> e = split_exp(x, R(2 * M::kBias));
+  const Exponential<R> e = split_exp<M>(x, R(2 * M::kBias));
   const IntVec<R> half = e.exponent >> 1;
   const Vec<R> first = as_real<R>(half << M::kMantissaBits);
   const Vec<R> second = as_real<R>((e.exponent - half) << M::kMantissaBits);
@@ -159,17 +212,19 @@ VGKERN_INLINE Vec<R> exp(Vec<R> x) {
 }
 
 // e^−|x|
-template <class R>
+template <class M, class R>
 VGKERN_INLINE Vec<R> exp_negative_abs(Vec<R> x) {
-  return exp_in_range(max(Vec<R>(Math<R>::kExpMin), negative_abs(x)));
+#if VGKERN_AVX512
+  if constexpr (M::kCoarse) return exp_coarse(negative_abs(x));
+#endif
+  return exp_in_range<M>(max(Vec<R>(M::kExpMin), negative_abs(x)));
 }
 
 // eˣ − 1. Float ≤ 1.56 ULP (no fma 1.67), double ≤ 2.13 (2.23).
-template <class R>
+template <class M, class R>
 VGKERN_INLINE Vec<R> expm1(Vec<R> x) {
-  using M = Math<R>;
   const Vec<R> bounded = min(Vec<R>(M::kExpMax), max(Vec<R>(M::kExpm1Min), x));
-  const Exponential<R> e = split_exp(bounded, R(M::kBias - 1));
+  const Exponential<R> e = split_exp<M>(bounded, R(M::kBias - 1));
   const Vec<R> half = as_real<R>(e.exponent << M::kMantissaBits);  // of 2ⁿ, which itself may overflow
   const Vec<R> y = fma(half, e.p, half - R(0.5));
   return select(abs(x) < Vec<R>(M::kTiny), x, y + y);
@@ -177,13 +232,12 @@ VGKERN_INLINE Vec<R> expm1(Vec<R> x) {
 
 // tanh |x| = 1 − 2 / (e^2|x| + 1), but not for small x, where it would cancel: there it is a polynomial.
 // Float ≤ 1.35 ULP (no fma 1.37), double ≤ 1.33.
-template <class R>
+template <class M, class R>
 VGKERN_INLINE Vec<R> tanh(Vec<R> x) {
-  using M = Math<R>;
   const Vec<R> a = abs(x);
-  const Exponential<R> e = split_exp(min(Vec<R>(M::kTanhMax), a + a), R(M::kBias));
+  const Exponential<R> e = split_exp<M>(min(Vec<R>(M::kTanhMax), a + a), R(M::kBias));
   const Vec<R> power = as_real<R>(e.exponent << M::kMantissaBits);
-  const Vec<R> large = R(1) - R(2) / fma(power, e.p, power + R(1));
+  const Vec<R> large = R(1) - quotient<M>(Vec<R>(2), fma(power, e.p, power + R(1)));
   const Vec<R> square = x * x;
   const Vec<R> small = fma(a * square, polynomial(square, M::kTanh), a);
   return with_sign(select(a < Vec<R>(R(0.55)), small, large), x);
@@ -199,25 +253,29 @@ struct Logistic {
 // σ(x) = 1 / (1 + e⁻ˣ) and σ'(x) = σ(x)·σ(−x). With e = e^−|x| and s = σ(−|x|) = e / (1 + e), σ(x) is 1 − s or e − e·s:
 // so the errors of the sum and the quotient count for less than in s itself. Value: float ≤ 1.67 ULP (no fma 1.87),
 // double ≤ 1.61 (1.84). Derivative: float ≤ 2.42, double ≤ 2.30.
-template <class R>
+template <class M, class R>
 VGKERN_INLINE Logistic<R> logistic(Vec<R> x) {
-  const Vec<R> e = exp_negative_abs(x);
-  const Vec<R> s = e / (e + R(1));
+  const Vec<R> e = exp_negative_abs<M>(x);
+  if constexpr (M::kCoarse) {
+    const Vec<R> r = quotient<M>(Vec<R>(1), e + R(1)), s = e * r;
+    return {select(x >= Vec<R>(0), r, s), s * r};
+  }
+  const Vec<R> s = quotient<M>(e, e + R(1));
   const Vec<R> m = select(x >= Vec<R>(0), Vec<R>(1), e);
   const Vec<R> smaller = fma(-e, s, e);
   return {fma(-m, s, m), fma(-smaller, smaller, smaller)};
 }
 
-template <class R>
+template <class M, class R>
 VGKERN_INLINE Vec<R> sigmoid(Vec<R> x) {
-  return logistic(x).value;
+  return logistic<M>(x).value;
 }
 
 // log(1 + eˣ), the integral of σ. Float ≤ 1.87 ULP (no fma 2.28), double ≤ 1.91 (2.43).
-template <class R>
+template <class M, class R>
 VGKERN_INLINE Vec<R> log1p_exp(Vec<R> x) {
-  const Vec<R> e = exp_negative_abs(x);
-  return fma(e * e, polynomial(e, Math<R>::kLog1p), e) + max(Vec<R>(0), x);
+  const Vec<R> e = exp_negative_abs<M>(x);
+  return fma(e * e, polynomial(e, M::kLog1p), e) + max(Vec<R>(0), x);
 }
 
 // ---- The normal distribution ---------------------------------------------------------------------------------------
@@ -228,10 +286,10 @@ struct Normal {
 };
 
 // a·b − product without error, for the rounded product.
-template <class R>
+template <class M, class R>
 VGKERN_INLINE Vec<R> product_error(Vec<R> a, Vec<R> b, Vec<R> product) {
   if constexpr (kHasFma) return fma(a, b, -product);
-  constexpr int kCut = Math<R>::kMantissaBits / 2 + 1;  // products of what is left or cut off are not rounded
+  constexpr int kCut = M::kMantissaBits / 2 + 1;  // products of what is left or cut off are not rounded
   const Vec<R> a_high = as_real<R>((as_int(a) >> kCut) << kCut), a_low = a - a_high;
   const Vec<R> b_high = as_real<R>((as_int(b) >> kCut) << kCut), b_low = b - b_high;
   return a_high * b_high - product + a_high * b_low + a_low * b_high + a_low * b_low;
@@ -242,14 +300,18 @@ VGKERN_INLINE Vec<R> product_error(Vec<R> a, Vec<R> b, Vec<R> product) {
 //
 // Φ: float ≤ 5.37 ULP (no fma 6.00), double ≤ 7.31 (10.6), reached where Φ is below 1e-19. Derivative: float ≤ 2.19,
 // double ≤ 2.24.
-template <class R>
+template <class M, class R>
 VGKERN_INLINE Normal<R> normal(Vec<R> x) {
-  using M = Math<R>;
   const Vec<R> a = min(Vec<R>(M::kNormalMax), abs(x));
   const Vec<R> half = a * R(-0.5);
   const Vec<R> exponent = half * a;
-  const Vec<R> e = exp_in_range(exponent, product_error(half, a, exponent));
-  const Vec<R> t = R(1) / (a + M::kTailOffset);
+  Vec<R> e;
+  if constexpr (M::kCoarse) {
+    e = exp_in_range<M>(exponent);
+  } else {
+    e = exp_in_range<M>(exponent, product_error<M>(half, a, exponent));
+  }
+  const Vec<R> t = quotient<M>(Vec<R>(1), a + M::kTailOffset);
   const Vec<R> tail = e * (t * polynomial(a * t, M::kTail));
   return {select(x < Vec<R>(0), tail, R(1) - tail), e * R(0.39894228040143267794)};
 }

@@ -27,7 +27,8 @@ struct Width {
   static constexpr int vectors = VECTORS, columns = COLUMNS;
 };
 template <class T, Reads what = Reads::mask>
-using WidthOf = std::conditional_t<kParts == 1 && sizeof(T) < 8 && what != Reads::z, Width<4, 2>, Width<1, 1>>;
+using WidthOf = std::conditional_t<kParts != 1 || sizeof(T) == 8, Width<1, 1>,
+                                   std::conditional_t<what == Reads::z, Width<2, 2>, Width<4, 2>>>;
 
 // Where a block lies: with one column, vectors side by side; with two, rows of two side by side.
 template <class R, int COLUMNS>
@@ -145,14 +146,13 @@ VGKERN_INLINE void walk(Pass& pass) {
         at.ahead = next(2);
         for (int64_t row = first_row; row < end_row;) {
           const int64_t end = row + kStrip < end_row ? row + kStrip : end_row;
-          for (; row + 2 <= end; row += 2) {
-            stretch.template run<4>(at);
-            at.advance(4);
+          for (; row + kWidth / 2 <= end; row += kWidth / 2) {
+            stretch.template run<kWidth>(at);
+            at.advance(kWidth);
           }
-          if (row < end) {
+          for (; row < end; ++row) {
             stretch.template run<2>(at);
             at.advance(2);
-            ++row;
           }
           stretch.end_strip();
         }
@@ -277,6 +277,8 @@ struct PerColumn {
 // where R's range does not do; one column's in two halves, so that two additions are under way at a time.
 template <class R, class S, int COLUMNS>
 struct StretchSum {
+  using Term = S;
+
   S half[2] = {S(0), S(0)};
   Wide<R> total[COLUMNS];
 
@@ -299,14 +301,22 @@ struct StretchSum {
 // A sum in float64 from the first term on, by column and lane.
 template <class R, int COLUMNS>
 struct WideSum {
+  using Term = Wide<R>;
+
   Wide<R> total[COLUMNS];
 
   VGKERN_INLINE WideSum() {
     unroll<COLUMNS>([&](auto c) VGKERN_LAMBDA { total[c] = Wide<R>(0.0); });
   }
+  VGKERN_INLINE void end_strip() {}
   VGKERN_INLINE void add(int j, Wide<R> value) { total[j % COLUMNS] += value; }
   VGKERN_INLINE void add_product(int j, Wide<R> a, Wide<R> b) { total[j % COLUMNS] = fma(a, b, total[j % COLUMNS]); }
 };
+
+// For terms that cancel. Eight of them added up in float32 would make errors of twice PyTorch's where x is float32;
+// where x and dy have fewer digits than that, they make none that shows.
+template <class T, class R, class S, int COLUMNS>
+using CancellingSum = std::conditional_t<sizeof(T) == 2, StretchSum<R, S, COLUMNS>, WideSum<R, COLUMNS>>;
 
 // Rows [kFirst, kEnd) of a tile's sums, by channel and lane. Lanes are channels where those lie across; else they are
 // added up once a tile, which for planes of a few vectors would be most of the arithmetic if done once a plane.
@@ -378,8 +388,9 @@ struct PreActivation {
       load_block(residual, static_cast<const T*>(tile.residual), at, R(0));
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { z[j] = z[j] + residual[j]; });
     }
-    // Last, for a sum of opposite terms is exact, and small, and the low parts then are not.
-    if (tile.normalises) {
+    // Last, for a sum of opposite terms is exact, and small, and the low parts then are not. Half precision does not
+    // see them.
+    if (sizeof(T) > 2 && tile.normalises) {
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { z[j] = z[j] + fma(d[j], scale_low[j], shift_low[j]); });
     }
   }
@@ -397,10 +408,11 @@ template <class F, class T, class R, int VECTORS, int COLUMNS>
 VGKERN_INLINE void differentiate(Derivative<R, VECTORS>& out, const F& activation,
                                  const PreActivation<T, COLUMNS>& z_of, const Block<R, COLUMNS>& at,
                                  const Vec<R> (&d)[VECTORS], const Vec<R> (&dy)[VECTORS]) {
-  const Vec<R> one(1), zero(0);
+  const Vec<R> zero(0);
   if constexpr (F::reads == Reads::nothing) {
     unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { out.dz[j] = dy[j]; });
   } else if constexpr (F::reads == Reads::mask) {
+    const Slopes<R> slopes = activation.slopes();
     Mask<R> on[VECTORS];
     if (z_of.tile.mask) {
       load_masks(on, z_of.tile.mask, at);
@@ -411,19 +423,25 @@ VGKERN_INLINE void differentiate(Derivative<R, VECTORS>& out, const F& activatio
     }
     unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
       out.dz[j] = activation.backward(dy[j], on[j]);
-      out.dead[j] = bits(activation.backward(one, on[j]) == zero);
+      out.dead[j] = (slopes.off == 0 ? bits(~on[j]) : 0) | (slopes.on == 0 ? bits(on[j]) : 0);
     });
   } else {
     Vec<R> z[VECTORS];
     z_of(z, d, at);
     unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
       if constexpr (F::has_weight) {
-        out.dz[j] = activation.backward(dy[j], z[j], z_of.weight[j]);
-        out.dead[j] = bits(activation.derivative(z[j], z_of.weight[j]) == zero);
+        const Vec<R> slope = activation.derivative(z[j], z_of.weight[j]);
+        out.dz[j] = dy[j] * slope;
+        out.dead[j] = bits(slope == zero);
         out.dweight[j] = activation.weight_gradient(dy[j], z[j]);
       } else {
-        out.dz[j] = activation.backward(dy[j], z[j]);
-        out.dead[j] = bits(activation.derivative(z[j]) == zero);
+        const Vec<R> slope = activation.derivative(z[j]);
+        if constexpr (F::has_backward) {
+          out.dz[j] = activation.backward(dy[j], z[j]);
+        } else {
+          out.dz[j] = dy[j] * slope;
+        }
+        out.dead[j] = bits(slope == zero);
       }
     });
   }
@@ -431,7 +449,7 @@ VGKERN_INLINE void differentiate(Derivative<R, VECTORS>& out, const F& activatio
 
 // ---- Passes --------------------------------------------------------------------------------------------------------
 
-// Σ (x − pivot) in float64, and Σ (x − pivot)² over strips in S: mean is right to its own last place, where it is small
+// Σ (x − pivot), and Σ (x − pivot)² over strips in S: mean is right to its own last place, where it is small
 // beside the deviation too; var, which has no such place, to 1e-7.
 template <class T, class S>
 struct StatisticsPass {
@@ -448,7 +466,7 @@ struct StatisticsPass {
     int64_t channel;
     PerColumn<R, COLUMNS> pivot{pass.tile, channel, kPivot};
     R fill = *Parameters<R>{pass.tile, channel}.at(kPivot);
-    WideSum<R, COLUMNS> sum;
+    CancellingSum<T, R, S, COLUMNS> sum;
     StretchSum<R, S, COLUMNS> squares;
 
     VGKERN_INLINE Stretch(StatisticsPass& pass, int64_t channel) : pass(pass), channel(channel) {}
@@ -458,12 +476,16 @@ struct StatisticsPass {
       Vec<R> x[VECTORS];
       load_block(x, static_cast<const T*>(pass.tile.x), at, fill);
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
+        using Term = typename CancellingSum<T, R, S, COLUMNS>::Term;
         const S deviation = S(x[j]) - S(pivot[j]);
-        sum.add(j, Wide<R>(x[j]) - Wide<R>(pivot[j]));  // not of the rounded difference
+        sum.add(j, Term(x[j]) - Term(pivot[j]));  // not of the rounded difference
         squares.add_product(j, deviation, deviation);
       });
     }
-    VGKERN_INLINE void end_strip() { squares.end_strip(); }
+    VGKERN_INLINE void end_strip() {
+      sum.end_strip();
+      squares.end_strip();
+    }
     VGKERN_INLINE void finish() {
       pass.sums.add(kDeviation, channel, sum);
       pass.sums.add(kDeviationSquares, channel, squares);
@@ -526,8 +548,7 @@ void forward_tile(const Tile& tile) {
   walk(pass);
 }
 
-// Squares are summed over strips in S. What dβ, dγ and a slope's gradient are made of is summed in float64: their terms
-// cancel, and eight of them added up in float32 made errors of twice PyTorch's.
+// Squares are summed over strips in S; the terms of dβ, dγ and a slope's gradient cancel.
 template <class T, class F, class S>
 struct ReducePass {
   using Element = T;
@@ -544,7 +565,7 @@ struct ReducePass {
     ReducePass& pass;
     int64_t channel;
     PreActivation<T, COLUMNS> z_of;
-    WideSum<R, COLUMNS> dz_sum, dz_deviation, dweight;
+    CancellingSum<T, R, S, COLUMNS> dz_sum, dz_deviation, dweight;
     StretchSum<R, S, COLUMNS> dz_squares, dy_squares;
 
     VGKERN_INLINE Stretch(ReducePass& pass, int64_t channel) : pass(pass), channel(channel), z_of(pass.tile, channel) {}
@@ -573,11 +594,12 @@ struct ReducePass {
         store_block(dx, static_cast<T*>(tile.dx), at, tile.streams);
       }
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
-        const Wide<R> dz(d.dz[j]);
+        using Term = typename CancellingSum<T, R, S, COLUMNS>::Term;
+        const Term dz(d.dz[j]);
         dz_sum.add(j, dz);
-        dz_deviation.add_product(j, dz, Wide<R>(deviation[j]));
+        dz_deviation.add_product(j, dz, Term(deviation[j]));
         dz_squares.add_product(j, S(d.dz[j]), S(d.dz[j]));
-        if constexpr (F::has_weight) dweight.add(j, Wide<R>(d.dweight[j]));
+        if constexpr (F::has_weight) dweight.add(j, Term(d.dweight[j]));
       });
       if (tile.record) {
         unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
@@ -587,6 +609,9 @@ struct ReducePass {
       }
     }
     VGKERN_INLINE void end_strip() {
+      dz_sum.end_strip();
+      dz_deviation.end_strip();
+      if constexpr (F::has_weight) dweight.end_strip();
       dz_squares.end_strip();
       dy_squares.end_strip();
     }
@@ -715,16 +740,18 @@ constexpr TileFunction statistics = statistics_tile<T, Vec<Opmath<T>>>;
 template <class T>
 constexpr TileFunction statistics_wide = statistics_tile<T, WideStrip<T>>;
 
-template <template <class> class F>
+template <template <class R, class M> class Functor>
 struct OfActivation {
   template <class T>
-  static constexpr TileFunction forward = forward_tile<T, F<Opmath<T>>>;
+  using F = Functor<Opmath<T>, MathOf<T>>;
   template <class T>
-  static constexpr TileFunction reduce = reduce_tile<T, F<Opmath<T>>, Vec<Opmath<T>>>;
+  static constexpr TileFunction forward = forward_tile<T, F<T>>;
   template <class T>
-  static constexpr TileFunction reduce_wide = reduce_tile<T, F<Opmath<T>>, WideStrip<T>>;
+  static constexpr TileFunction reduce = reduce_tile<T, F<T>, Vec<Opmath<T>>>;
   template <class T>
-  static constexpr TileFunction apply = apply_tile<T, F<Opmath<T>>>;
+  static constexpr TileFunction reduce_wide = reduce_tile<T, F<T>, WideStrip<T>>;
+  template <class T>
+  static constexpr TileFunction apply = apply_tile<T, F<T>>;
 };
 
 #define VGKERN_ROW(name, Functor)                                                                            \
@@ -733,7 +760,7 @@ struct OfActivation {
 
 constexpr ActivationKernels kActivationKernels[] = {VGKERN_ACTIVATIONS(VGKERN_ROW)};
 
-static_assert(Identity<float>::reads == Reads::nothing, "identity");
+static_assert(Identity<float, Math<float>>::reads == Reads::nothing, "identity");
 
 constexpr KernelTable make_table(const char* name) {
   return {name,
@@ -743,8 +770,9 @@ constexpr KernelTable make_table(const char* name) {
           VGKERN_EACH_TYPE(statistics_wide),
           VGKERN_EACH_TYPE(to_double),
           VGKERN_EACH_TYPE(from_double),
-          apply_math<float>,
-          apply_math<double>,
+          apply_math<Math<float>>,
+          apply_math<CoarseMath>,
+          apply_math<Math<double>>,
           VGKERN_EACH_TYPE(norm_part),
           VGKERN_EACH_TYPE(scale_array)};
 }

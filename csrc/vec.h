@@ -176,10 +176,22 @@ VGKERN_INLINE Vec<R> sqrt(Vec<R> a) {
 }
 
 #if VGKERN_AVX512
-// a·2ⁿ for integral n, rounded once.
+// a·2^⌊n⌋, rounded once.
 template <class R>
 VGKERN_INLINE Vec<R> scale(Vec<R> a, Vec<R> n) {
   return each<Vec<R>>([&](auto i) VGKERN_LAMBDA { return scale(a.reg[i], n.reg[i]); });
+}
+#endif
+
+#if VGKERN_AVX512
+// a − ⌊a⌋; 0 for ±inf.
+VGKERN_INLINE Vec<float> fraction(Vec<float> a) {
+  return each<Vec<float>>([&](auto i) VGKERN_LAMBDA { return fraction(a.reg[i]); });
+}
+
+// 1 / a but for a relative error of 2⁻¹⁴.
+VGKERN_INLINE Vec<float> reciprocal_14_bits(Vec<float> a) {
+  return each<Vec<float>>([&](auto i) VGKERN_LAMBDA { return reciprocal_14_bits(a.reg[i]); });
 }
 #endif
 

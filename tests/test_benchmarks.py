@@ -17,7 +17,7 @@ from benchmarks import competitors, environment, figure, floor, micro, monitor, 
 from benchmarks.__main__ import main
 from benchmarks.competitors import VARIANTS, Contest, measure
 from benchmarks.floor import Roof, floor_bytes
-from benchmarks.model import NORMS, ResNet50, convolutions_only
+from benchmarks.model import NETS, convolutions_only
 from benchmarks.report import Result
 from benchmarks.shapes import SETS, Configuration, Site, configurations, resnet50_sites
 from benchmarks.timing import Timing, geometric_mean, interleave
@@ -97,7 +97,7 @@ def test_geometric_mean():
 def test_the_resnet50_set_is_every_batch_norm_of_the_model():
     """Against what a model, run at a small size, hands to its batch norms."""
     seen: collections.Counter = collections.Counter()
-    net = ResNet50(NORMS["vgkern"])
+    net = NETS["vgkern"]()
     for module in net.modules():
         if isinstance(module, vgkern.nn.BatchNormAct2d):
 

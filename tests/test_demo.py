@@ -17,8 +17,8 @@ from vgkern.demo import NETS, Config, DeepNet, Observer, conclude, data, draw_fi
 from vgkern.demo.conclusion import headline
 from vgkern.demo.display import LogProgress, notes, progress_for, tables
 from vgkern.demo.figure import _spread
-from vgkern.demo.nets import check_depth
 from vgkern.demo.results import DemoResult, EpochResult, NetResult, StepSeconds
+from vgkern.models.resnet import check_depth
 from vgkern.text import figures
 
 SMALL = Config(depth=8, epochs=2, width=4)

@@ -203,6 +203,9 @@ def test_examples_run(name):
         "activations.names", "backends.available", "backends.use", "functional.add_act", "functional.batch_norm_act",
         "gradients.GradientMonitor", "gradients.GradientMonitor.report",
         "nn.AddAct", "nn.BatchNormAct1d", "nn.BatchNormAct2d", "nn.BatchNormAct3d", "nn.BatchNormAct2d.grad_stats",
+        "init.gain", "init.init_weights_", "models.cifar_resnet", "models.resnet18", "models.resnet34",
+        "models.resnet50", "models.resnet101", "models.resnet152", "nn.BasicBlock", "nn.Bottleneck", "nn.DropPath",
+        "nn.PreActBasicBlock", "nn.PreActBottleneck",
         "memory.empty_cache", "memory.set_limit", "memory.stats", "testing.assert_matches_autograd", "verify",
     ],
 )  # fmt: skip

@@ -274,6 +274,39 @@ def test_saved_tensors_that_hooks_may_have_changed_take_the_operator(ways):
     assert ways == ["forward", "op"]
 
 
+@pytest.mark.filterwarnings("ignore:.*(Sparse CSR|nested tensors)")
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.Tensor.to_sparse,
+        torch.Tensor.to_sparse_csr,
+        torch.Tensor.to_mkldnn,
+        torch._to_functional_tensor,
+        torch._neg_view,
+        lambda x: torch._efficientzerotensor(x.shape),
+        lambda x: torch.nested.nested_tensor([x, x]),
+        lambda x: torch.nested.nested_tensor([x, x], layout=torch.jagged),
+        lambda x: x.to("meta"),
+        lambda x: x[:0],
+        lambda x: x.tolist(),
+    ],
+)
+def test_what_a_kernel_cannot_read_is_not_ordinary(make):
+    x = torch.randn(3, 4)
+    assert ops.unwatched(x, None, nn.Parameter(x))
+    assert not ops.unwatched(x, None, make(x))
+
+
+def test_an_error_that_is_no_answer_is_handed_on():
+    class Broken:
+        @property
+        def is_cpu(self):
+            raise KeyError("is_cpu")
+
+    with pytest.raises(KeyError):
+        ops.are_ordinary((Broken(),), Broken, Broken)
+
+
 def test_lazy_negatives(ways):
     """Tensors whose memory does not hold their values, in every place."""
     x, weight = torch.randn(SHAPE), torch.rand(7) + 0.5

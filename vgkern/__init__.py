@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import warnings
 
-from . import activations, backends, functional, gradients, memory, nn, testing
+from . import activations, backends, functional, gradients, init, memory, models, nn, testing
 from ._version import __version__
 from .backends import cpu as _cpu
 from .verify import verify
 
-__all__ = ["__version__", "activations", "backends", "functional", "gradients", "memory", "nn", "testing", "verify"]
+__all__ = [
+    "__version__",
+    "activations",
+    "backends",
+    "functional",
+    "gradients",
+    "init",
+    "memory",
+    "models",
+    "nn",
+    "testing",
+    "verify",
+]
 
 if _reason := _cpu.unavailable():
     warnings.warn(

@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import nn as fused
+from ..models.plain import PlainAddAct, PlainBatchNormAct2d
+from ..models.resnet import check_depth
 
-__all__ = ["NETS", "DeepNet", "NetSpec", "check_depth"]
+__all__ = ["NETS", "DeepNet", "NetSpec"]
 
 
 @dataclass(frozen=True)
@@ -60,46 +62,12 @@ NETS: tuple[NetSpec, ...] = (
 )
 
 
-class _TorchBatchNormAct(nn.BatchNorm2d):
-    """What :class:`vgkern.nn.BatchNormAct2d` replaces, as torchvision's ResNets write it."""
-
-    def __init__(self, num_features: int, activation: nn.Module) -> None:
-        super().__init__(num_features)
-        self.act = activation
-
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        output = super().forward(input)
-        if residual is not None:
-            output += residual
-        return self.act(output)
-
-
-_TORCH_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": lambda: nn.ReLU(inplace=True),
-    "sigmoid": nn.Sigmoid,
-}
-
-
 def _activation_layer(spec: NetSpec, channels: int, plain_torch: bool) -> nn.Module:
-    if plain_torch:
-        activation = _TORCH_ACTIVATIONS[spec.activation]()
-        return _TorchBatchNormAct(channels, activation) if spec.batch_norm else activation
+    batch_norm: Callable[..., nn.Module] = PlainBatchNormAct2d if plain_torch else fused.BatchNormAct2d
+    add_act: Callable[..., nn.Module] = PlainAddAct if plain_torch else fused.AddAct
     if spec.batch_norm:
-        return fused.BatchNormAct2d(channels, activation=spec.activation)
-    return fused.AddAct(activation=spec.activation)
-
-
-def check_depth(depth: int) -> int:
-    """``depth`` if it is 6n + 2 with n ≥ 1.
-
-    Raises:
-        ValueError: it is not; the message names the nearest depths that are.
-    """
-    if depth >= 8 and depth % 6 == 2:
-        return depth
-    below = max(8, depth - (depth - 2) % 6)
-    near = f"{below}" if depth < 8 else f"{below} or {below + 6}"
-    raise ValueError(f"depth: expected 6n + 2 weight layers (8, 14, 20, ..., 50, ...); nearest to {depth}: {near}")
+        return batch_norm(channels, activation=spec.activation)
+    return add_act(activation=spec.activation)
 
 
 class DeepNet(nn.Module):

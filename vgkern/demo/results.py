@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..models.resnet import check_depth
 from ..text import jsonable
-from .nets import NETS, check_depth
+from .nets import NETS
 
 __all__ = ["EARLY_EPOCHS", "Config", "DemoResult", "EpochResult", "NetResult", "StepSeconds"]
 

@@ -84,7 +84,7 @@ class GradRecordMixin(nn.Module):
 
     def _probe_on(self, device: torch.device) -> Tensor | None:
         """The probe, on the device of the input (``load_state_dict(assign=True)`` leaves a meta layer's behind)."""
-        probe = self._buffers["_probe"]  # 0.3 µs less than self._probe, which nn.Module.__getattr__ looks up
+        probe = self._buffers["_probe"]  # 0.5 µs less than self._probe, which nn.Module.__getattr__ looks up
         if probe is not None and probe.device != device:
             self._probe = probe = _new_probe(device)
         return probe

@@ -96,7 +96,7 @@ class _BatchNormAct(GradRecordMixin, ActivationMixin, _NormBase):
     def _tensors(self) -> tuple[Tensor | None, ...]:
         """(weight, bias, running_mean, running_var, num_batches_tracked)."""
         parameters, buffers = self._parameters, self._buffers
-        try:  # 0.3 µs less a tensor than nn.Module.__getattr__
+        try:  # 0.5 µs less a tensor than nn.Module.__getattr__
             return (
                 parameters["weight"], parameters["bias"],
                 buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"],
