@@ -20,11 +20,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from vgkern.gradients import GradientClipper, adaptive_clip_grad_, clip_grad_norm_
+from vgkern.models import resnet50
 
 from . import environment
 from .console import console, progress, rounds
 from .floor import FORMATS
-from .model import NORMS, ResNet50
 from .timing import Timing, interleave
 
 #: Far above any norm here, and below: nothing is scaled, and everything.
@@ -123,7 +123,7 @@ def step(args: argparse.Namespace) -> Contest:
     labels = torch.randint(1000, (args.batch,), device=args.device)
     variants: dict[str, Variant] = {}
     for name in ("GradientClipper", "no clipping", "torch"):
-        net = ResNet50(NORMS["torch.nn"]).to(args.device, memory_format=FORMATS[args.layout])
+        net = resnet50(fused=False).to(args.device, memory_format=FORMATS[args.layout])
         # A learning rate of 0: all of the arithmetic, but the nets stay comparable.
         optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9, fused=True)
         if name == "GradientClipper":
@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
     out = console(sys.stdout)
     out.print(environment.summary(described))
     torch.manual_seed(0)
-    resnet = [p.detach().to(args.device) for p in ResNet50(NORMS["torch.nn"]).parameters()]
+    resnet = [p.detach().to(args.device) for p in resnet50(fused=False).parameters()]
     small = [torch.randn(64, device=args.device) for _ in range(2000)]
     contests = [
         *clipping("ResNet-50", resnet),

@@ -42,6 +42,7 @@ class Verdict:
 
 
 NORMS = "kernels/gradient_norm.py"
+MONITOR = "vgkern/gradients/monitor.py"
 CPU, CPU_NORMS = "csrc/batch_norm.cpp", "csrc/gradient_norm.cpp"
 RECORD = "tests/test_grad_record.py|triton and (every_field or dead_fraction or root_mean)"
 GRADIENTS = "tests/test_gradient_norms.py|triton"
@@ -153,6 +154,25 @@ FAULTS = [
           "tests/test_gradient_norms.py|dense"),
     Fault("a biased variance in the reference", "vgkern/backends/reference.py",
           "squares / (count - 1)", "squares / count", "tests/test_grid.py|reference"),
+    # -- The monitor
+    Fault("records that are not begun anew", MONITOR, "torch._foreach_zero_(taken)", "pass",
+          "tests/test_monitor.py|ring"),
+    Fault("a ring that does not turn", MONITOR, "self._written % self.capacity",
+          "min(self._written, self.capacity - 1)", "tests/test_monitor.py|ring"),
+    Fault("layers as they are registered", MONITOR, "sorted(range(len(places)), key=places.__getitem__)",
+          "list(range(len(places)))", "tests/test_monitor.py|micro and cpu"),
+    Fault("parameters' norms left scaled", "vgkern/gradients/history.py", "parameter_norms / unscale, NO_GRADIENT",
+          "parameter_norms, NO_GRADIENT", "tests/test_monitor.py|loss_scale"),
+    Fault("the living counted for dead", "vgkern/gradients/hooks.py", "(y == value).sum()", "(y != value).sum()",
+          "tests/test_monitor.py|plain"),
+    Fault("another module's gradient taken for dx", "vgkern/gradients/hooks.py", "if o == tuple(edge)[:2]", "if o[0]",
+          "tests/test_monitor.py|plain"),
+    Fault("vanishing taken for exploding", "vgkern/gradients/findings.py", "first / last if last",
+          "last / first if first", "tests/test_doctor.py|planted"),
+    Fault("the last layer to meet a NaN is named", "vgkern/gradients/findings.py", "index = int(bad[-1])",
+          "index = int(bad[0])", "tests/test_doctor.py|root"),
+    Fault("a path of zero gradient between branches is an illness", "vgkern/gradients/findings.py",
+          "float(np.nanmax(gradient[:ends]))", "float(np.nanmin(gradient))", "tests/test_doctor.py|healthy"),
     # -- C++
     Fault("biased running variance, C++", CPU, "var * (count_ / (count_ - 1.0))", "var", CPU_KERNELS),
     Fault("the first slice skipped", CPU, "for (int64_t slice = 0; slice < grid_.slices(); ++slice) {",

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import vgkern
-from benchmarks import clip, competitors, environment, figure, floor, micro, report, resnet50, tcmalloc, timing
+from benchmarks import clip, competitors, environment, figure, floor, micro, monitor, report, resnet50, tcmalloc, timing
 from benchmarks.__main__ import main
 from benchmarks.competitors import VARIANTS, Contest, measure
 from benchmarks.floor import Roof, floor_bytes
@@ -482,6 +482,7 @@ def test_ctrl_c_keeps_what_is_done(benchmarks, tmp_path, monkeypatch):
         ("micro", "custom", "2,3,4,0"),
         ("micro", "small", "2,3,4,5"),
         ("micro", "--rounds", "1"),
+        ("monitor", "--depth", "9"),
         ("resnet50", "--size", "100"),
         ("resnet50", "--rounds", "1"),
         ("nothing",),
@@ -494,7 +495,7 @@ def test_a_wrong_command_line_is_refused(arguments, benchmarks, capsys):
     assert "error:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [(), ("micro",), ("resnet50",), ("clip",)])
+@pytest.mark.parametrize("command", [(), ("micro",), ("resnet50",), ("clip",), ("monitor",)])
 def test_help(command, benchmarks, capsys):
     with pytest.raises(SystemExit) as stopped:
         benchmarks(*command, "--help")
@@ -609,7 +610,7 @@ def test_resnet50_does_not_time_what_is_wrong(benchmarks, tmp_path, capsys, monk
 
 
 def test_clip_writes_a_row_for_each_variant(benchmarks, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(clip, "ResNet50", lambda norm: torch.nn.Conv2d(3, 4, 2))
+    monkeypatch.setattr(clip, "resnet50", lambda fused: torch.nn.Conv2d(3, 4, 2))
     assert benchmarks("clip", "--rounds", 2, "--no-step", "--out", tmp_path) == 0
     rows = rows_of(tmp_path / "clip.csv")
     assert len(rows) == 12
@@ -619,7 +620,7 @@ def test_clip_writes_a_row_for_each_variant(benchmarks, tmp_path, capsys, monkey
 
 
 def test_a_wrong_clipping_is_not_timed(benchmarks, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(clip, "ResNet50", lambda norm: torch.nn.Conv2d(3, 4, 2))
+    monkeypatch.setattr(clip, "resnet50", lambda fused: torch.nn.Conv2d(3, 4, 2))
     monkeypatch.setattr(clip, "adaptive_clip_grad_", lambda parameters, factor: None)
     assert benchmarks("clip", "--rounds", 2, "--no-step", "--out", tmp_path) == 1
     assert "adaptive_clip_grad_, ResNet-50, clipped is wrong" in capsys.readouterr().err
@@ -632,3 +633,28 @@ def test_the_step_of_clip_clips():
     assert list(contest.variants) == ["GradientClipper", "no clipping", "torch"]
     for variant in contest.variants.values():
         variant.run()
+
+
+# ---- monitor -------------------------------------------------------------------------------------------------------
+
+
+def test_the_hooks_take_the_norms_that_the_monitor_records():
+    torch.manual_seed(0)
+    net = monitor.DeepNet(monitor.NETS[3], 8, 2)
+    images, labels = torch.randn(4, 1, 8, 8), torch.randint(10, (4,))
+    monitored, hooked = (monitor.Contender(name, net, images, labels) for name in ("monitor", "hooks"))
+    monitored()
+    hooked()
+    records = monitored.watcher.records()
+    expected = [r.grad_output_norm for r in records if r.source == "kernel"]
+    expected += [r.grad_input_norm for r in records if r.source == "kernel"]
+    expected += [norm for r in records for norm in (r.grad_weight_norm, r.grad_bias_norm) if not math.isnan(norm)]
+    assert sorted(hooked.watcher.last.tolist()) == pytest.approx(sorted(expected), rel=1e-4)
+
+
+def test_the_monitor_benchmark_prints_a_ratio_for_each_variant(benchmarks, capsys):
+    assert benchmarks("monitor", "--depth", 8, "--width", 2, "--batch", 4, "--rounds", 2) == 0
+    out = capsys.readouterr().out
+    for variant in monitor.VARIANTS:
+        assert any(line.startswith(variant) and " x" in line for line in out.splitlines())
+    assert "step() alone" in out

@@ -18,8 +18,8 @@ from vgkern.demo.conclusion import headline
 from vgkern.demo.display import LogProgress, notes, progress_for, tables
 from vgkern.demo.figure import _spread
 from vgkern.demo.results import DemoResult, EpochResult, NetResult, StepSeconds
-from vgkern.demo.text import figures
 from vgkern.models.resnet import check_depth
+from vgkern.text import figures
 
 SMALL = Config(depth=8, epochs=2, width=4)
 

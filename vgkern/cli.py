@@ -7,6 +7,7 @@ check, 2 for an error (on stderr), 130 after Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vgkern {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, add in {"info": _add_info, "demo": _add_demo, "verify": _add_verify}.items():
+    for name, add in {"info": _add_info, "demo": _add_demo, "verify": _add_verify, "doctor": _add_doctor}.items():
         add(commands, name)
     return parser
 
@@ -116,6 +117,36 @@ def _add_verify(commands: Any, name: str) -> None:
     _add_json(parser, "the result of each case")
 
 
+def _add_doctor(commands: Any, name: str) -> None:
+    parser = _add(
+        commands, name, _doctor, "train a model for a few steps and say what is wrong with its gradients",
+        "FACTORY is called without arguments and returns a torch.nn.Module, or (module, data), or (module, data, "
+        "loss): data is an input, an (input, target) pair or an iterable of either; loss takes (output, target), or "
+        "the output alone if there is no target. Without data, --input says the shape of a random one, and without a "
+        "target it is random too. MODULE is looked for in the working directory as well. Exit status 1 if there are "
+        "findings; those of --demo do not count.",
+    )  # fmt: skip
+    parser.add_argument("factory", nargs="?", metavar="MODULE:FACTORY", default=None, help="what makes the model")
+    parser.add_argument("--demo", action="store_true", help="a sick net and its cure side by side instead")
+    parser.add_argument("--input", type=_shape, metavar="32,3,224,224", default=None, help="shape of a random input")
+    parser.add_argument("--steps", type=int, default=5, help="training steps")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
+    parser.add_argument("--seed", type=int, default=0, help="set before the model is made")
+    parser.add_argument("--out", default=".", metavar="PATH", help="a folder for vgkern-doctor.png, or a .png file")
+    parser.add_argument("--dark", action="store_true", help="a dark figure")
+    _add_json(parser, "the report")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(size) for size in text.split(","))
+        if min(sizes) < 1:
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected sizes such as 32,3,224,224, got {text!r}") from None
+    return sizes
+
+
 def _info(json_path: str | None = None) -> int:
     from . import info
 
@@ -153,11 +184,18 @@ def _verify(
     return 0 if report.ok else 1
 
 
-def _bar(done: int, total: int) -> None:
+def _doctor(json_path: str | None = None, **options: Any) -> int:
+    from .doctor import command
+
+    progress = functools.partial(_bar, noun="steps") if sys.stderr.isatty() else None
+    return command.main(json_path=json_path, progress=progress, **options)
+
+
+def _bar(done: int, total: int, noun: str = "cases") -> None:
     """A bar on stderr that is wiped when it is full."""
     width = 40
     filled = width * done // total
-    line = f"[{'#' * filled}{'.' * (width - filled)}] {done}/{total} cases"
+    line = f"[{'#' * filled}{'.' * (width - filled)}] {done}/{total} {noun}"
     print(f"\r{line}" if done < total else f"\r{' ' * len(line)}\r", end="", file=sys.stderr, flush=True)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+from ..text import figures, first_epochs, percent
 from .nets import NETS
 from .results import DemoResult, NetResult
-from .text import figures, first_epochs, percent
 
 __all__ = ["conclude", "headline"]
 

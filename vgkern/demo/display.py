@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from ..text import first_epochs, percent
 from .nets import NETS, NetSpec
 from .results import Config, DemoResult, NetResult, StepSeconds
-from .text import first_epochs, percent
 from .training import Observer
 
 __all__ = ["LiveProgress", "LogProgress", "notes", "progress_for", "tables"]

@@ -7,9 +7,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..figures import (
+    BLUE,
+    GREEN,
+    LIGHT,
+    ORANGE,
+    PINK,
+    decade_ticks,
+    dotted,
+    floor_of_zeros,
+    panel_title,
+    round_log_ticks,
+    style,
+)
+from ..text import figures, first_epochs, percent
 from .conclusion import headline
 from .results import DemoResult, NetResult
-from .text import figures, first_epochs, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,26 +30,17 @@ if TYPE_CHECKING:
 
 __all__ = ["draw", "save"]
 
-# Okabe & Ito's colours, which the common kinds of colour blindness tell apart; the dashes are for grey prints, and let
-# through what lies underneath.
+# The dashes are for grey prints, and let through what lies underneath.
 _LOOKS: dict[str, dict[str, Any]] = {
-    "sigmoid": {"color": "#D55E00"},
-    "relu": {"color": "#CC79A7", "dashes": (4, 1.5)},
-    "batch_norm": {"color": "#0072B2", "dashes": (8, 1.2)},
-    "residual": {"color": "#009E73"},
+    "sigmoid": {"color": ORANGE},
+    "relu": {"color": PINK, "dashes": (4, 1.5)},
+    "batch_norm": {"color": BLUE, "dashes": (8, 1.2)},
+    "residual": {"color": GREEN},
 }
 _SHORT_LABELS = {"sigmoid": "sigmoid", "relu": "ReLU", "batch_norm": "batch norm", "residual": "+ residual"}
-_INK, _FAINT, _GRID = "#222222", "#6E6E6E", "#E8E8E8"
-_STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.edgecolor": _FAINT, "axes.labelcolor": _INK, "axes.titlesize": 11.5, "axes.titleweight": "bold",
-    "axes.titlelocation": "left", "axes.titlecolor": _INK, "axes.titlepad": 22.0, "text.color": _INK,
-    "xtick.color": _FAINT, "ytick.color": _FAINT, "xtick.labelcolor": _INK, "ytick.labelcolor": _INK,
-    "axes.grid": True, "grid.color": _GRID, "grid.linewidth": 0.8, "axes.axisbelow": True,
-    "lines.linewidth": 2.0, "lines.dash_capstyle": "butt", "ytick.minor.size": 0, "ytick.minor.width": 0,
-}  # fmt: skip
 _LABEL_SIZE = 9.5
-_DOTTED: dict[str, Any] = {"color": _FAINT, "linewidth": 1.0, "dashes": (1, 2), "zorder": 0.9}
+_FAINT = LIGHT.faint
+_DOTTED = dotted(LIGHT)
 
 
 def save(result: DemoResult, path: Path) -> None:
@@ -56,7 +60,7 @@ def draw(result: DemoResult) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(style(LIGHT)):
         # A figure of its own, not pyplot's: no window system is asked for and no global state is left behind.
         figure = Figure(figsize=(12.5, 9.0))
         FigureCanvasAgg(figure)
@@ -81,14 +85,8 @@ def _subtitle(result: DemoResult) -> str:
     return text + (". Interrupted." if result.interrupted else ".")
 
 
-def _title(ax: Axes, title: str, explanation: str) -> None:
-    ax.set_title(title)
-    ax.annotate(explanation, (0, 1), xytext=(0, 8), xycoords="axes fraction", textcoords="offset points",
-                ha="left", va="bottom", fontsize=8.5, color=_FAINT)  # fmt: skip
-
-
 def _gradient_panel(ax: Axes, result: DemoResult) -> None:
-    _title(
+    panel_title(
         ax, "Gradient norm against depth",
         "L2 norm of the gradient of each layer's weight, on a log scale: median over the steps of "
         f"{first_epochs(result.early_epochs)}; band: 10th to 90th percentile",
@@ -96,7 +94,7 @@ def _gradient_panel(ax: Axes, result: DemoResult) -> None:
     depth, layers = result.config.depth, range(1, result.config.depth + 1)
     quantiles = [[net.early(name) for name in ("grad_norm_low", "grad_norm", "grad_norm_high")] for net in result.nets]
     # Zero has no place on a log scale: it is drawn as a hollow dot on a line of its own below all that is positive.
-    floor = _floor([v for of_net in quantiles for values in of_net for v in values])
+    floor = floor_of_zeros([v for of_net in quantiles for values in of_net for v in values])
     has_zero = any(v == 0 for _, median, _ in quantiles for v in median)
     for net, of_net in zip(result.nets, quantiles, strict=True):
         low, median, high = ([max(v, floor) if math.isfinite(v) else math.nan for v in values] for values in of_net)
@@ -106,7 +104,7 @@ def _gradient_panel(ax: Axes, result: DemoResult) -> None:
         zeros = [layer for layer, v in zip(layers, of_net[1], strict=True) if v == 0]
         ax.plot(zeros, [floor] * len(zeros), "o", color=look["color"], markerfacecolor="white", markersize=4.5)
     ax.set_yscale("log")
-    _decade_ticks(ax)
+    decade_ticks(ax)
     if has_zero:
         ax.plot([1, depth], [floor, floor], label="_zero", **_DOTTED)
         ax.annotate(
@@ -124,7 +122,7 @@ def _gradient_panel(ax: Axes, result: DemoResult) -> None:
 
 
 def _gain_panel(ax: Axes, result: DemoResult) -> None:
-    _title(ax, "Gain of each activation layer", "‖dx‖ / ‖dy‖ in grad_stats(), convolutions excluded")
+    panel_title(ax, "Gain of each activation layer", "‖dx‖ / ‖dy‖ in grad_stats(), convolutions excluded")
     ends: list[tuple[float, float] | None] = []
     for net in result.nets:
         # Without a gradient there is no gain to draw.
@@ -143,7 +141,7 @@ def _gain_panel(ax: Axes, result: DemoResult) -> None:
         ]
         ends.append((len(gain), points[-1][1]) if points else None)
     ax.set_yscale("log")
-    _round_log_ticks(ax)
+    round_log_ticks(ax)
     ax.axhline(1, **_DOTTED)
     ax.set_xlim(0, result.config.depth)
     ax.set_xlabel("activation layer" + ("  (hollow: at a sum)" if any(net.residual for net in result.nets) else ""))
@@ -151,16 +149,16 @@ def _gain_panel(ax: Axes, result: DemoResult) -> None:
 
 
 def _loss_panel(ax: Axes, result: DemoResult) -> None:
-    _title(ax, "Training loss", "cross-entropy, log scale; dotted: guessing")
+    panel_title(ax, "Training loss", "cross-entropy, log scale; dotted: guessing")
     ends = _curves(ax, result, lambda net: [epoch.train_loss for epoch in net.epochs])
     ax.set_yscale("log")
-    _round_log_ticks(ax)
+    round_log_ticks(ax)
     ax.axhline(math.log(10), **_DOTTED)
     _label_ends(ax, result, ends, [_SHORT_LABELS[net.key] for net in result.nets])
 
 
 def _accuracy_panel(ax: Axes, result: DemoResult) -> None:
-    _title(ax, "Test accuracy", f"% of {result.test_images} unseen digits; dotted: guessing")
+    panel_title(ax, "Test accuracy", f"% of {result.test_images} unseen digits; dotted: guessing")
     ends = _curves(ax, result, lambda net: [100 * epoch.test_accuracy for epoch in net.epochs])
     ax.set_ylim(0, 101)
     ax.axhline(10, **_DOTTED)
@@ -186,30 +184,6 @@ def _curves(
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("epoch")
     return ends
-
-
-def _floor(values: list[float]) -> float:
-    """Where zeros are drawn: a good tenth of the range below the smallest positive value."""
-    positive = [v for v in values if v > 0 and math.isfinite(v)] or [1.0]
-    low, high = math.log10(min(positive)), math.log10(max(positive))
-    return 10 ** (low - max(0.5, 0.12 * (high - low)))
-
-
-def _decade_ticks(ax: Axes) -> None:
-    """Ticks at every power of ten, or at every second, fifth, ... of them, so that there are at most nine."""
-    low, high = (math.log10(max(limit, 1e-300)) for limit in ax.get_ylim())
-    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if (high - low) / step <= 9)
-    ax.set_yticks([10.0**power for power in range(math.ceil(low / step) * step, math.floor(high) + 1, step)])
-
-
-def _round_log_ticks(ax: Axes) -> None:
-    """Ticks at 1, 2.5, 5 times powers of ten, or at powers of ten alone where the range is wide; in plain digits."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    low, high = ax.get_ylim()
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2.5, 5) if high / low < 200 else (1,), numticks=12))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value >= 1e-4 else f"{value:.0e}"))
 
 
 def _label_ends(ax: Axes, result: DemoResult, ends: list[tuple[float, float] | None], labels: list[str]) -> None:

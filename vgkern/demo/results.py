@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..models.resnet import check_depth
+from ..text import jsonable
 from .nets import NETS
 
 __all__ = ["EARLY_EPOCHS", "Config", "DemoResult", "EpochResult", "NetResult", "StepSeconds"]
@@ -193,7 +194,7 @@ class DemoResult:
         raw = asdict(self)
         for net, plain in zip(self.nets, raw["nets"], strict=True):
             plain["summary"] = net.summary()
-        return _jsonable(raw)
+        return jsonable(raw)
 
 
 def _ratio(first: float, last: float) -> float:
@@ -203,13 +204,3 @@ def _ratio(first: float, last: float) -> float:
 def _median(values: Sequence[float]) -> float:
     """Of the values that are no NaN; NaN where there is none."""
     return statistics.median([v for v in values if not math.isnan(v)] or [math.nan])
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
-    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,9 +44,9 @@ class GradStats:
     backwards: float
 
     @classmethod
-    def from_record(cls, record: Tensor) -> GradStats:
-        """From the sums that the kernels made, (len(RECORD_FIELDS),); one transfer from the device."""
-        sums = dict(zip(ops.RECORD_FIELDS, record.tolist(), strict=True))
+    def from_record(cls, record: Sequence[float]) -> GradStats:
+        """From the sums that the kernels made, in the order of ``ops.RECORD_FIELDS``."""
+        sums = dict(zip(ops.RECORD_FIELDS, record, strict=True))
         backwards = sums["backwards"]
         output, preact, input_, weight, bias = (
             math.sqrt(sums[f"grad_{name}_sq"] / backwards) for name in ("output", "preact", "input", "weight", "bias")
@@ -102,7 +103,10 @@ class GradRecordMixin(nn.Module):
         """
         if self._probe is None or self._probe.grad is None:
             return None
-        return GradStats.from_record(self._probe.grad)
+        record = self._probe.grad.tolist()
+        if record[ops.RECORD_FIELDS.index("backwards")] == 0:  # a GradientMonitor has taken it
+            return None
+        return GradStats.from_record(record)
 
     def reset_grad_stats(self) -> None:
         """Forget what was recorded."""

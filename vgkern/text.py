@@ -1,8 +1,9 @@
-"""How numbers are written in the figure and in sentences."""
+"""How numbers are written in tables, figures, sentences and JSON."""
 
 import math
+from typing import Any
 
-__all__ = ["figures", "first_epochs", "percent"]
+__all__ = ["figures", "first_epochs", "jsonable", "percent"]
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -30,3 +31,14 @@ def first_epochs(count: int) -> str:
 def percent(share: float) -> str:
     """97.6 %, unbreakable."""
     return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
+
+
+def jsonable(value: Any) -> Any:
+    """``value`` as JSON knows it: infinity and NaN become None, tuples become lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    return value
