@@ -13,11 +13,11 @@ def main() -> int:
     if missing:
         print(f"benchmarks: error: they need {', '.join(missing)}: pip install -e '.[demo]'", file=sys.stderr)
         return 2
-    from . import micro, resnet50
+    from . import audit, micro, resnet50
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of vgkern, from a checkout.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (micro, resnet50):
+    for command in (micro, resnet50, audit):
         command.add_parser(commands)
     args = parser.parse_args()
     return args.run(args)

@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vgkern {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, add in {"info": _add_info, "demo": _add_demo, "verify": _add_verify}.items():
+    for name, add in {"info": _add_info, "demo": _add_demo, "verify": _add_verify, "tune": _add_tune}.items():
         add(commands, name)
     return parser
 
@@ -116,6 +116,17 @@ def _add_verify(commands: Any, name: str) -> None:
     _add_json(parser, "the result of each case")
 
 
+def _add_tune(commands: Any, name: str) -> None:
+    parser = _add(
+        commands, name, _tune, "time the Triton kernels' block sizes on this GPU",
+        "Prints rows in the form of the table in kernels/tuning.py, each with its reason; a row that no candidate "
+        "beats by 2 % stays as it is. Takes minutes and changes nothing: a pinned table is what makes a result's bits "
+        "independent of the GPU's size.",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...")
+    parser.add_argument("--out", metavar="FILE", default=argparse.SUPPRESS, help="write the rows to FILE")
+
+
 def _info(json_path: str | None = None) -> int:
     from . import info
 
@@ -151,6 +162,18 @@ def _verify(
     for failure in report.failures:
         print(f"\n{failure}", file=sys.stderr)
     return 0 if report.ok else 1
+
+
+def _tune(device: str, out: str | None = None) -> int:
+    from . import tune
+
+    tune.check_device(device)
+    rows = tune.render(tune.tune(device, progress=lambda line: print(line, file=sys.stderr, flush=True)))
+    if out is None:
+        print(rows)
+    else:
+        Path(out).write_text(rows + "\n")
+    return 0
 
 
 def _bar(done: int, total: int) -> None:
