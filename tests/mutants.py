@@ -44,6 +44,7 @@ class Verdict:
 BATCH_NORM, NORMS = "kernels/batch_norm.py", "kernels/gradient_norm.py"
 CPU, CPU_NORMS = "csrc/batch_norm.cpp", "csrc/gradient_norm.cpp"
 KERNELS = "tests/test_triton_kernels.py|many_tiles or accuracy_does or offsets_reach or halves_are or not_wanted"
+CANCELS = "tests/test_triton_kernels.py|gradient_that_cancels and 0.0001"
 GUARDS = "tests/test_triton_traffic.py|outside"
 TRAFFIC = "tests/test_triton_traffic.py|bytes"
 RECORD = "tests/test_grad_record.py|triton and (every_field or dead_fraction or root_mean)"
@@ -108,6 +109,14 @@ FAULTS = [
           "affine[5], ARGS) == 0) & inside", "affine[5], ARGS) == 0)", RECORD),
     Fault("an upper bound that does not bound", BATCH_NORM,
           "tl.where(norm > max_norm, max_norm, bound)", "tl.where(norm > max_norm, norm, bound)", BOUNDS),
+    Fault("the closed form where it cancels", BATCH_NORM, "tl.constexpr(2.0**-10)", "tl.constexpr(2.0**-60)", CANCELS),
+    Fault("the closed form of a dx that was summed up", BATCH_NORM,
+          '"SUMMED": one_launch and (recorded or bounded)', '"SUMMED": False', CANCELS),
+    Fault("channels left out by the program that works alone", BATCH_NORM,
+          "for block in range((num_channels + CHANNELS - 1) // CHANNELS)",
+          "for block in range(num_channels // CHANNELS)", CANCELS),
+    Fault("programs beside the one that works alone", BATCH_NORM,
+          "last = tl.where(_cancels(dx_sq, scaled_sq), first, last)", "last = last", CANCELS),
     Fault("a second launch that always writes", BATCH_NORM,
           "last = tl.where(factor == 1.0, first, last)", "last = last", TRAFFIC),
     # -- Triton: norms of lists
@@ -126,8 +135,8 @@ FAULTS = [
     Fault("a tile left out of the cut", "kernels/tuning.py",
           "num_splits = _cdiv(num_tiles, tiles_per_split)", "num_splits = max(num_tiles // tiles_per_split, 1)",
           "tests/test_triton_kernels.py|test_a_cut"),
-    Fault("momentum the wrong way round", "vgkern/functional.py",
-          "running_var.lerp_(var, momentum)", "running_var.lerp_(var, 1 - momentum)", "tests/test_layers.py"),
+    Fault("momentum the wrong way round", "vgkern/backends/reference.py",
+          "running_var.lerp_(var, factor)", "running_var.lerp_(var, 1 - factor)", "tests/test_layers.py"),
     Fault("the gain upside down", "vgkern/gradients/record.py", "gain=input_ / output", "gain=output / input_", RECORD),
     Fault("sums and not means over backwards", "vgkern/gradients/record.py",
           'sums[f"grad_{name}_sq"] / backwards', 'sums[f"grad_{name}_sq"]', RECORD),

@@ -102,7 +102,8 @@ def _add_demo(commands: Any, name: str) -> None:
 def _add_verify(commands: Any, name: str) -> None:
     parser = _add(
         commands, name, _verify, "check the fused layers on this machine against float64 autograd",
-        "The cases that vgkern's own tests run; a case fails where the error exceeds PyTorch's own in the same dtype.",
+        "The cases that vgkern's own tests run; a case fails where the error exceeds PyTorch's own in the same dtype. "
+        "In Triton's interpreter (TRITON_INTERPRET=1) float16 is left out unless --full is given.",
     )  # fmt: skip
     parser.add_argument(
         "--backend", choices=("cpu", "triton", "reference"), default=argparse.SUPPRESS,
