@@ -13,8 +13,8 @@ from torch import Tensor
 import vgkern
 from vgkern import ops
 
+from . import timing
 from .shapes import Configuration
-from .timing import clock_of
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -130,7 +130,7 @@ def measure_roof(device: str) -> Roof | None:
 
 def measure_copies(device: str) -> Roof:
     """Bytes read and written a second, of copies that nothing else shares the device with; the fastest of ten."""
-    clock = clock_of(device)
+    clock = timing.clock_of(device)
 
     def best(size: int) -> float:
         source = torch.zeros(size // 2, dtype=torch.int8, device=device)
