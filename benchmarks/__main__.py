@@ -13,11 +13,11 @@ def main() -> int:
     if missing:
         print(f"benchmarks: error: they need {', '.join(missing)}: pip install -e '.[demo]'", file=sys.stderr)
         return 2
-    from . import clip, micro, monitor, resnet50
+    from . import audit, clip, micro, monitor, resnet50
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of vgkern, from a checkout.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (micro, resnet50, clip, monitor):
+    for command in (micro, resnet50, clip, monitor, audit):
         command.add_parser(commands)
     args = parser.parse_args()
     return args.run(args)

@@ -18,6 +18,7 @@ import vgkern
 from vgkern.testing import compare, format_rows
 
 from .floor import FORMATS
+from .libraries import LIBRARIES
 from .shapes import Configuration
 from .timing import Timing, interleave
 
@@ -39,12 +40,18 @@ COMPETITORS = {
         "eager, tcmalloc", "eager_tcmalloc", "vgkern_tcmalloc", "both in a process that runs under tcmalloc"
     ),
     "compile": Competitor("torch.compile", "compile", "vgkern", "the three operations compiled, compile time excluded"),
+    **{
+        name: Competitor(name, name, "vgkern", "where it is installed, on a GPU, and takes the configuration")
+        for name in LIBRARIES
+    },
 }
 
 COMPILER = "inductor"
 
 #: All variants that a row of the CSV file has columns for. The last two: vgkern with the gradient record and without.
-VARIANTS = ("vgkern", "eager", "compile", "vgkern_tcmalloc", "eager_tcmalloc", "recorded", "unrecorded")
+VARIANTS = (
+    "vgkern", "eager", "compile", "vgkern_tcmalloc", "eager_tcmalloc", *LIBRARIES, "recorded", "unrecorded",
+)  # fmt: skip
 
 
 def three_operations(
@@ -124,6 +131,10 @@ class Contest:
             made["compile"] = self._plain(
                 torch.compile(three_operations, backend=COMPILER, fullgraph=True, dynamic=False)
             )
+        for name in LIBRARIES if self.device != "cpu" else ():
+            fused = LIBRARIES[name].fused(self.configuration, self.layer) if name in competitors else None
+            if fused:
+                made[name] = self._library(*fused)
         return made
 
     def recording(self) -> dict[str, Variant]:
@@ -137,6 +148,10 @@ class Contest:
     def _fused(self, layer: vgkern.nn.BatchNormAct2d) -> Variant:
         probes = (buffer for buffer in layer.buffers() if buffer.requires_grad)  # the record leaves as their gradient
         return Variant(lambda: layer(self.x, self.residual), (*self._leaves(layer), *probes))
+
+    def _library(self, function: Callable[..., Tensor], parameters: tuple[Tensor, ...]) -> Variant:
+        tensors = (self.x, self.residual, *parameters)
+        return Variant(lambda: function(self.x, self.residual), tuple(t for t in tensors if t is not None))
 
     def _plain(self, function: Callable[..., Tensor]) -> Variant:
         layer, spec = self.layer, self.layer.activation

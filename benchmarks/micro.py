@@ -134,8 +134,8 @@ def _write(results: list[Result], roof: floor.Roof | None, described: dict[str, 
 def _floor_note(roof: floor.Roof) -> str:
     size, rate = roof.points[-1]
     return (
-        " Floor: the share of vgkern's time that the memory needs for one pass, at the bandwidth of a = b + k·c over "
-        f"as many bytes, measured before and after ({rate / 1e9:.1f} GB/s at {size >> 20} MiB)."
+        " Floor: the share of vgkern's time that the memory needs for one pass, at the bandwidth of a = b + k·c (on a "
+        f"GPU: a copy) over as many bytes, measured before and after ({rate / 1e9:.1f} GB/s at {size >> 20} MiB)."
     )
 
 

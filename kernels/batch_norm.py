@@ -11,32 +11,39 @@ The mathematics, for a channel c over its m elements (float64 sums, float32 or f
 
 (Ioffe & Szegedy, arXiv 1502.03167; the norm follows from Σx̂ = 0 and Σx̂² = κm.)
 
-Launches, and memory traffic in u, one read or write of a tensor of x's size, for a residual and a ReLU-like activation:
+Launches, at most two a pass, and memory traffic in u, one read or write of a tensor of x's size, for a residual and a
+ReLU-like activation. Of the mask, ``+ mask`` is 1/8 byte an element: 1/32 u in float32, 1/16 in half precision:
 
-=====================================================  ==========================================  ================
-pass                                                   kernels                                     u
-=====================================================  ==========================================  ================
-forward, a channel fits one program                    forward_channel                             3
-forward, otherwise                                     forward_statistics, forward_apply           1 + 3
-forward, given statistics or none                      forward_apply                               3
-backward, a channel fits one program                   backward_channel, finish                    4
-backward, otherwise                                    backward_reduce, backward_apply, finish     2 + 4
-backward, given statistics or none                     backward_reduce, finish                     3 (x only for dγ)
-backward over the batch with bounds of the norm        backward_reduce, backward_apply (reads      2 + 4
-                                                       where the closed form cancels), finish,
-                                                       backward_apply
-moments alone                                          forward_statistics                          1
-dx over statistics that processes share                backward_apply                              3
-=====================================================  ==========================================  ================
+=====================================================  ======================================  =========================
+pass                                                   kernels                                 u
+=====================================================  ======================================  =========================
+forward, a channel fits one program                    forward_channel                         3 + mask
+forward, otherwise                                     forward_statistics, forward_apply       (1) + (3 + mask)
+forward, given statistics or none                      forward_apply                           3 + mask
+backward, a channel fits one program                   backward_channel, backward_finish       (4 + mask) + (0)
+backward, otherwise                                    backward_reduce, backward_apply         (2 + mask) + (4 + mask)
+backward, given statistics or none                     backward_reduce, backward_finish        (3 + mask, + 1 where dγ
+                                                                                               is wanted) + (0)
+moments alone, for processes to share                  forward_statistics                      1
+dx over statistics that processes share                input_gradient                          3 + mask
+=====================================================  ======================================  =========================
 
-plus 1/8 byte an element for the mask and float64 workspaces of a few values a program.
+plus float64 workspaces of a few values a program. Bounds of the norm of dx: ``backward_apply`` has all partial sums
+before it writes dx, and so its norm. The passes that write dx in their first launch are followed by ``backward_apply``
+in the place of ``backward_finish``; it reads no tensor where the norm is within the bounds, and else writes dx again.
 
-**Accuracy.** Elements are float32 (float64 for float64); up to eight of them are summed in that type, all else in
-float64. Statistics are taken about the channel's first element, then about the tile's mean, and merged by Chan's
-formula: an offset of x costs no digits, and a constant channel has mean = that constant and variance = 0 exactly. What
-multiplies or is subtracted from every element (mean, γ·r, dβ/m) comes in two parts, high and low, so that its rounding
-does not add up. Squares are scaled by the largest magnitude of the tile's channel, so that neither those of 1e−25 nor
-those of 1e25 leave float32: one more reduction a tile.
+**Accuracy.** Statistics are sums of d and d², in float64, of d = x minus the channel's first element. With that offset
+an x of any mean costs no digits, for the element subtracted is one of the sample: Σd² is at most some m times the sum
+of squares about the mean, so the variance's relative error is of the order of m·2⁻⁵³ at most. A constant channel has
+mean = that constant and variance = 0 exactly. Products of dz are float64 from the start. What multiplies or is
+subtracted from every element (mean, γ·r, dβ/m) comes in two parts, high and low, so that its rounding does not add up.
+
+**The norm of dx** is that of the dx that is written. ``backward_channel`` sums it up as it writes. ``backward_apply``
+has it in closed form, from float64 sums of exact products. Of written float32 elements, that form knows all but their
+rounding, some 2⁻²⁴ of ‖γ·r·dz‖ all in all: nothing, unless dx is little of dz. Where ‖dx‖² is below 2⁻¹⁰ of ‖γ·r·dz‖²,
+one program therefore walks all of dy and x and sums up dx itself, 2 u more beside the others' work and in the same
+launch; with bounds it then writes dx too, alone, for the others would need its sum. That is slow, and rare: a gradient
+of which batch norm takes out all but 3 %.
 
 **Determinism.** No atomics: partial sums go to a workspace and every reader merges them in one fixed order, so results
 are the same bits from run to run, whatever order programs run in.
@@ -58,44 +65,52 @@ import triton.language as tl
 from torch import Tensor
 
 from . import activations, tuning
-from .launching import on_device
+from .launching import Launch
 
-__all__ = ["INTERPRETED", "Shape", "backward", "forward", "input_gradient", "moments"]
+__all__ = [
+    "INTERPRETED", "TENSORS", "Shape", "backward_launches", "forward_launches", "input_gradient_launches",
+    "moments_launches", "units",
+]  # fmt: skip
 
 #: Whether the kernels of this process run in Triton's interpreter: fixed by TRITON_INTERPRET when triton is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _INTERPRETED = tl.constexpr(INTERPRETED)
+
+#: Threads of a warp: 64 on AMD's data-centre GPUs.
+LANES = 64 if torch.version.hip else 32
 
 # Rows of the workspace of sums, float64 (row, split, channel).
 _DZ = tl.constexpr(0)
 _DZ_XHAT = tl.constexpr(1)
 _DZ_SQ = tl.constexpr(2)
 _SLOPE = tl.constexpr(3)
-_NUM_SUMS = 4
-# Rows of the workspace of tallies, float64 (row, program); named as in the record.
+_DX_SQ = tl.constexpr(4)
+# Rows of the workspace of tallies, float64 (row, program).
 _TALLY_DY_SQ = tl.constexpr(0)
-_TALLY_DZ_SQ = tl.constexpr(1)
-_TALLY_DX_SQ = tl.constexpr(2)
-_TALLY_DEAD = tl.constexpr(3)
-_TALLY_NONFINITE = tl.constexpr(4)
-_NUM_TALLIES = 5
+_TALLY_DEAD = tl.constexpr(1)
+_TALLY_NONFINITE = tl.constexpr(2)
+_NUM_TALLIES = 3
 
-# backward_finish is one program: its blocks are 16 splits × 64 channels, and 1024 programs' tallies.
-_FINISH_CHANNELS = 64
-_FINISH_PROGRAMS = 1024
+# The program that finishes reads this many values of a row of a workspace at once: eight a thread of eight warps.
+_FINISH = 2048
 
-# Where the closed form of ‖dx‖² keeps less than this part of Σdz², it has lost more than one digit of its seven.
-_CANCELLATION = tl.constexpr(0.1)
+# Elements in a tile of the program that works alone, which is not to take more registers than the others: with 512,
+# ptxas spilled backward_apply of halves in planes, with 1024 took 165 in place of 90 registers in rows (sm_90).
+_ALONE = 256
+
+# The share of ‖γ·r·dz‖² up to which ‖dx‖² is summed up from dx. What is written has an error of at most some 6·2⁻²⁴ of
+# ‖γ·r·dz‖ (the roundings of _input_gradient), by which ‖dx‖, at this share, is off by 1.1e-5 at worst, were every
+# rounding in dx's direction; of roundings that are independent, by less than 1e-6.
+_CANCELS = tl.constexpr(2.0**-10)
 
 
 # -- geometry ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _program(num_channels, num_tiles, tiles_per_split, CHANNELS: tl.constexpr):
-    """This program's channels (the first; all; which exist), its split, and the range of its tiles."""
+def _program(program, num_channels, num_tiles, tiles_per_split, CHANNELS: tl.constexpr):
+    """A program's channels (the first; all; which exist), its split, and the range of its tiles."""
     num_blocks = (num_channels + CHANNELS - 1) // CHANNELS
-    program = tl.program_id(0)
     first_channel = (program % num_blocks) * CHANNELS
     channel = first_channel + tl.arange(0, CHANNELS)
     split = program // num_blocks
@@ -107,23 +122,24 @@ def _program(num_channels, num_tiles, tiles_per_split, CHANNELS: tl.constexpr):
 @triton.jit
 def _tile(
     tile, first_channel, num_outer, num_channels, inner_size,
-    ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Where tile number ``tile`` lies: ``run``, ``start``, ``exists``, ``offset``, ``inside``.
 
     A run is ``inner_size`` neighbouring elements: a row's C channels, or a plane's S elements. Element (i, j) of the
     (RUNS, INNER) tile is number ``start + j`` of run ``run[i]``, if that exists; ``offset`` and ``inside`` are its
     place in memory and whether it has one. In planes, CHANNELS neighbouring runs belong to one sample. All in int64.
+    ``ALIGN`` divides ``inner_size``, which tells the compiler how wide loads may be: it asks about 16 alone.
     """
-    tile = tl.cast(tile, tl.int64)
+    inner_size = inner_size // ALIGN * ALIGN
     if ROWS:
         start = tl.cast(first_channel, tl.int64)
-        run = tile * RUNS + tl.arange(0, RUNS)
+        run = tl.cast(tile, tl.int64) * RUNS + tl.arange(0, RUNS)
         exists = run < num_outer
     else:
         tiles_per_run = (inner_size + INNER - 1) // INNER
-        start = (tile % tiles_per_run) * INNER
-        outer = (tile // tiles_per_run) * (RUNS // CHANNELS) + tl.arange(0, RUNS) // CHANNELS
+        start = tl.cast(tile % tiles_per_run, tl.int64) * INNER
+        outer = tl.cast(tile // tiles_per_run, tl.int64) * (RUNS // CHANNELS) + tl.arange(0, RUNS) // CHANNELS
         channel = first_channel + tl.arange(0, RUNS) % CHANNELS
         run = outer * num_channels + channel
         exists = (outer < num_outer) & (channel < num_channels)
@@ -201,93 +217,88 @@ def _store_sum(sums_ptr, row, values, channel, present, split, num_splits, num_c
 
 
 @triton.jit
-def _store_tally(tallies_ptr, row, values):
-    """Write Σ values of this program into a row of a (row, program) workspace."""
-    tl.store(tallies_ptr + tl.num_programs(0) * row + tl.program_id(0), tl.sum(values, axis=0))
+def _store_tally(tallies_ptr, row, groups):
+    """Write Σ groups of this program into a row of a (row, program) workspace."""
+    total = tl.sum(tl.sum(groups.to(tl.float64), axis=1), axis=0)
+    tl.store(tallies_ptr + tl.num_programs(0) * row + tl.program_id(0), total)
 
 
 # -- reductions --------------------------------------------------------------------------------------------------------
+#
+# A loop over tiles adds up what each thread holds, and threads meet once, after it: a reduction over threads in each
+# tile would be a barrier in each tile, with nothing in flight behind it.
 
 
 @triton.jit
-def _channel_sum(block, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Σ over a tile for each of its channels: (RUNS, INNER) to (CHANNELS,) in float64.
-
-    Of narrower blocks the block's own type adds up eight elements, which lie so far apart in the tile that one thread
-    holds them.
-    """
+def _groups(block, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """A tile with an axis of GROUP elements of one channel that one thread holds: first in rows, last in planes."""
     RUNS: tl.constexpr = block.shape[0]
     INNER: tl.constexpr = block.shape[1]
-    GROUP: tl.constexpr = 1 if block.dtype == tl.float64 or (ROWS and RUNS < 8) else 8
     if ROWS:
-        groups = tl.sum(tl.reshape(block, [GROUP, RUNS // GROUP, CHANNELS]), axis=0)
-        return tl.sum(groups.to(tl.float64), axis=0)
+        return tl.reshape(block, [GROUP, RUNS // GROUP, INNER])
     else:
-        groups = tl.sum(tl.reshape(block, [RUNS, GROUP, INNER // GROUP]), axis=1)
-        runs = tl.sum(groups.to(tl.float64), axis=1)
-        return tl.sum(tl.reshape(runs, [RUNS // CHANNELS, CHANNELS]), axis=0)
+        return tl.reshape(block, [RUNS, INNER // GROUP, GROUP])
 
 
 @triton.jit
-def _sum_of_squares(block, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Σ block² for each channel in float64, for channels of any finite magnitude: each is scaled by its largest one.
+def _group_sums(block, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """Σ over each group of a tile, in the block's type."""
+    return tl.sum(_groups(block, ROWS, GROUP), axis=0 if ROWS else 2)
 
-    A channel with an infinity is not scaled, so that its sum is inf; NaN goes through the product.
+
+@triton.jit
+def _group_squares(block, VECTOR: tl.constexpr):
+    """Σ block² over each VECTOR neighbours, float64, to float32's precision and for float32 of any finite magnitude.
+
+    Each group of float32 is scaled by a power of two near its largest, so that its squares neither vanish nor overflow;
+    one with an infinity is not, so that its sum is inf; NaN goes through the product.
     """
-    TINY: tl.constexpr = 1e-150 if block.dtype == tl.float64 else 1e-37  # its reciprocal's square is a float64
-    RUNS: tl.constexpr = block.shape[0]
-    if ROWS:
-        largest = tl.max(tl.abs(block), axis=0)
+    groups = _groups(block, False, VECTOR)
+    if block.dtype == tl.float64:
+        return tl.sum(groups * groups, axis=2)
     else:
-        largest = tl.max(tl.reshape(tl.max(tl.abs(block), axis=1), [RUNS // CHANNELS, CHANNELS]), axis=0)
-    scale = tl.where(largest < float("inf"), 1.0 / tl.where(largest > TINY, largest, TINY), 1.0)
-    scaled = block * _spread(scale, block.dtype, ROWS, RUNS)
-    scale = scale.to(tl.float64)
-    return _channel_sum(scaled * scaled, ROWS, CHANNELS) / (scale * scale)
+        exponent = tl.max(tl.abs(groups), axis=2, keep_dims=True).to(tl.int32, bitcast=True) >> 23
+        exponent = tl.where(exponent == 255, 127, tl.minimum(tl.maximum(exponent, 1), 253))
+        scaled = groups * ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        power = (exponent << 23).to(tl.float32, bitcast=True).to(tl.float64)
+        return tl.sum(scaled * scaled, axis=2).to(tl.float64) * tl.sum(power * power, axis=2)
 
 
 @triton.jit
-def _moments(x, inside, origin, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Of a tile, for each channel in float64: the count, Σ (x − origin) and Σ (x − the tile's mean)²."""
-    RUNS: tl.constexpr = x.shape[0]
-    count = _channel_sum(inside.to(tl.int32), ROWS, CHANNELS)
-    divisor = tl.where(count > 0, count, 1.0)
-    d = tl.where(inside, x - _spread(origin, x.dtype, ROWS, RUNS), 0.0)
-    centre = (_channel_sum(d, ROWS, CHANNELS) / divisor).to(x.dtype)
-    d = tl.where(inside, d - _spread(centre, x.dtype, ROWS, RUNS), 0.0)
-    rest = _channel_sum(d, ROWS, CHANNELS)  # what rounding left; NaN beside an infinite centre, which then rules
-    rest = tl.where(rest == rest, rest, 0.0)
-    squares = _sum_of_squares(d, ROWS, CHANNELS) - rest * rest / divisor
-    return count, count * centre.to(tl.float64) + rest, squares
+def _no_sums(DTYPE: tl.constexpr, ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr):
+    """Zeros of the shape of ``_group_sums``."""
+    if ROWS:
+        return tl.zeros([RUNS // GROUP, INNER], DTYPE)
+    else:
+        return tl.zeros([RUNS, INNER // GROUP], DTYPE)
+
+
+@triton.jit
+def _channel_sums(groups, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Σ over all groups for each channel, (CHANNELS,): where threads meet."""
+    RUNS: tl.constexpr = groups.shape[0]
+    if ROWS:
+        return tl.sum(groups, axis=0)
+    else:
+        return tl.sum(tl.reshape(tl.sum(groups, axis=1), [RUNS // CHANNELS, CHANNELS]), axis=0)
 
 
 @triton.jit
 def _merge(sums_ptr, row, channel, present, num_splits, num_channels, SPLITS: tl.constexpr):
-    """Σ over splits of one row of a (row, split, channel) workspace, SPLITS at a time, always in the same order."""
-    total = tl.zeros(channel.shape, tl.float64)
+    """Σ over splits of two neighbouring rows of a (row, split, channel) workspace.
+
+    SPLITS at a time, always in the same order.
+    """
+    first_total = tl.zeros(channel.shape, tl.float64)
+    second_total = tl.zeros(channel.shape, tl.float64)
     for first in range(0, num_splits, SPLITS):
         split = first + tl.arange(0, SPLITS)
         offset = (split[:, None] + num_splits * row) * num_channels + channel[None, :]
         inside = (split < num_splits)[:, None] & present[None, :]
-        total += tl.sum(tl.load(sums_ptr + offset, mask=inside, other=0.0), axis=0)
-    return total
-
-
-@triton.jit
-def _merge_squares(partials_ptr, mean, channel, present, num_splits, num_channels, SPLITS: tl.constexpr):
-    """Σ (x − mean)² of each channel from its splits' moments: Σ_i (M2_i + n_i·(mean_i − mean)²), Chan et al. 1979."""
-    total = tl.zeros(channel.shape, tl.float64)
-    row = num_splits * num_channels
-    for first in range(0, num_splits, SPLITS):
-        split = first + tl.arange(0, SPLITS)
-        offset = split[:, None] * num_channels + channel[None, :]
-        inside = (split < num_splits)[:, None] & present[None, :]
-        count = tl.load(partials_ptr + offset, mask=inside, other=1.0)
-        part = tl.load(partials_ptr + row + offset, mask=inside, other=0.0)
-        squares = tl.load(partials_ptr + 2 * row + offset, mask=inside, other=0.0)
-        delta = part / count - mean[None, :]
-        total += tl.sum(tl.where(inside, squares + count * delta * delta, 0.0), axis=0)
-    return total
+        first_total += tl.sum(tl.load(sums_ptr + offset, mask=inside, other=0.0), axis=0)
+        second = sums_ptr + num_splits * num_channels + offset
+        second_total += tl.sum(tl.load(second, mask=inside, other=0.0), axis=0)
+    return first_total, second_total
 
 
 # -- pieces of the mathematics -----------------------------------------------------------------------------------------
@@ -301,6 +312,27 @@ def _origin(x_ptr, channel, present, inner_size, ROWS: tl.constexpr, COMPUTE: tl
         offset = offset * inner_size
     value = tl.load(x_ptr + offset, mask=present, other=0.0).to(COMPUTE)
     return tl.where(tl.abs(value) < float("inf"), value, 0.0)
+
+
+@triton.jit
+def _moments(x, origin, ROWS: tl.constexpr, GROUP: tl.constexpr):
+    """Σ (x − origin) and Σ (x − origin)² of each group of a tile, float64; outside the tensor x is the origin."""
+    d = x.to(tl.float64) - origin
+    return _group_sums(d, ROWS, GROUP), _group_sums(d * d, ROWS, GROUP)
+
+
+@triton.jit
+def _statistics(origin, total, squares, channel_size, eps, statistics_ptr, channel, present, num_channels, save):
+    """mean and rstd of each channel from Σ(x − origin) and Σ(x − origin)²; if ``save``, these are written, with the
+    unbiased variance."""
+    offset = total / channel_size
+    squares = squares - total * offset
+    squares = tl.where(squares < 0, 0.0, squares)  # not tl.maximum, which drops NaN
+    mean = origin.to(tl.float64) + offset
+    rstd = 1.0 / tl.sqrt(squares / channel_size + eps)
+    if save:
+        _save_statistics(statistics_ptr, channel, present, num_channels, mean, rstd, squares / (channel_size - 1))
+    return mean, rstd
 
 
 @triton.jit
@@ -391,27 +423,65 @@ def _differentiate(
 
 
 @triton.jit
-def _parameter_sums(
-    dy, dz, x, mean, z, inside,
-    NEEDS_XHAT: tl.constexpr, WEIGHT_BACKWARD: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+def _gradient_sums(
+    dy, dz, x, mean, z,
+    NEEDS_XHAT: tl.constexpr, WEIGHT_BACKWARD: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Σdz, Σdz·(x − mean) and the slope's gradient of one tile for each channel; 0 for what is not needed.
+    """Σdz, Σdz·(x − mean), Σdz² and the slope's gradient of each group of a tile; of dz, 0 for what is not needed.
 
-    All in float64 from the first product on. In float32 the terms' rounding reached four units in the last place of
-    a sum of 4650 of them. The price: two conversions and three operations an element, at half the rate of
-    float32 on data-centre GPUs and at 1/64 on others.
+    All in float64 from the first product on. In float32 the terms' rounding reached four units in the last place of a
+    sum of 4650 of them, and ‖dx‖² could not be had by subtraction. The price: two conversions and six operations an
+    element, at half the rate of float32 on data-centre GPUs and at 1/64 on others.
     """
     wide = dz.to(tl.float64)
-    dz_total = _channel_sum(wide, ROWS, CHANNELS)
-    dz_centred = tl.zeros([CHANNELS], tl.float64)
-    dslope = tl.zeros([CHANNELS], tl.float64)
+    dz_sum = _group_sums(wide, ROWS, GROUP)
+    dz_sq = _group_sums(wide * wide, ROWS, GROUP)
+    dz_centred = dz_sum
+    dslope = dz_sum
     if NEEDS_XHAT:
-        distance = x.to(tl.float64) - _spread(mean, tl.float64, ROWS, x.shape[0])
-        dz_centred = _channel_sum(tl.where(inside, wide * distance, 0.0), ROWS, CHANNELS)
+        dz_centred = _group_sums(wide * (x.to(tl.float64) - mean), ROWS, GROUP)
+    if WEIGHT_BACKWARD is not None:  # outside the tensor dy is 0
+        dslope = _group_sums(WEIGHT_BACKWARD(dy.to(tl.float64), z.to(tl.float64)), ROWS, GROUP)
+    return dz_sum, dz_centred, dz_sq, dslope
+
+
+@triton.jit
+def _save_sums(
+    sums_ptr, dz_sum, dz_centred, dz_sq, dslope, rstd, channel, present, split, num_splits, num_channels,
+    NEEDS_XHAT: tl.constexpr, WEIGHT_BACKWARD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Write the sums of this program's channels, 0 for what is not needed; returns Σdz and Σdz·x̂."""
+    CHANNELS: tl.constexpr = channel.shape[0]
+    dz_total = _channel_sums(dz_sum, ROWS, CHANNELS)
+    dz_xhat = tl.zeros([CHANNELS], tl.float64)
+    slope = tl.zeros([CHANNELS], tl.float64)
+    if NEEDS_XHAT:
+        dz_xhat = _channel_sums(dz_centred, ROWS, CHANNELS) * rstd
     if WEIGHT_BACKWARD is not None:
-        share = WEIGHT_BACKWARD(dy.to(tl.float64), z.to(tl.float64))
-        dslope = _channel_sum(tl.where(inside, share, 0.0), ROWS, CHANNELS)
-    return dz_total, dz_centred, dslope
+        slope = _channel_sums(dslope, ROWS, CHANNELS)
+    _store_sum(sums_ptr, _DZ, dz_total, channel, present, split, num_splits, num_channels)
+    _store_sum(sums_ptr, _DZ_XHAT, dz_xhat, channel, present, split, num_splits, num_channels)
+    _store_sum(
+        sums_ptr, _DZ_SQ, _channel_sums(dz_sq, ROWS, CHANNELS), channel, present, split, num_splits, num_channels
+    )
+    _store_sum(sums_ptr, _SLOPE, slope, channel, present, split, num_splits, num_channels)
+    return dz_total, dz_xhat
+
+
+@triton.jit
+def _counts(dy, dead, inside, VECTOR: tl.constexpr):
+    """Of each VECTOR neighbours, whatever their channels: Σdy², how many are dead, and how many of dy inf or NaN."""
+    finite = tl.abs(dy) < float("inf")
+    nonfinite = inside & (finite == 0)
+    dead_count = _group_sums(dead.to(tl.int32), False, VECTOR)
+    return _group_squares(dy, VECTOR), dead_count, _group_sums(nonfinite.to(tl.int32), False, VECTOR)
+
+
+@triton.jit
+def _save_counts(tallies_ptr, dy_sq, dead, nonfinite):
+    _store_tally(tallies_ptr, _TALLY_DY_SQ, dy_sq)
+    _store_tally(tallies_ptr, _TALLY_DEAD, dead)
+    _store_tally(tallies_ptr, _TALLY_NONFINITE, nonfinite)
 
 
 @triton.jit
@@ -444,37 +514,40 @@ def _power_of_two(values):
 
 # -- forward -----------------------------------------------------------------------------------------------------------
 
-_UNSPECIALISED = ["num_outer", "num_tiles", "tiles_per_split", "num_splits", "channel_size"]  # counts: not alignments
+# Counts: not alignments. Of inner_size ALIGN tells what there is to know.
+_UNSPECIALISED = ["num_outer", "inner_size", "num_tiles", "tiles_per_split", "num_splits", "channel_size"]
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def forward_statistics_kernel(
     x_ptr, partials_ptr, num_outer, num_channels, inner_size, num_tiles, tiles_per_split, num_splits,
-    ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
+    VECTOR: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Partial moments of every channel: float64 (3, num_splits, num_channels) of n, Σ(x − first) and Σ(x − mean_i)².
+    """Partial sums of every channel: float64 (2, num_splits, num_channels) of Σ(x − first) and Σ(x − first)².
 
-    Reads x: 1 u. Tiles are merged in order by Chan's update, in float64.
+    Units: 1. Reads x.
     """
-    first_channel, channel, present, split, first, last = _program(num_channels, num_tiles, tiles_per_split, CHANNELS)
+    first_channel, channel, present, split, first, last = _program(
+        tl.program_id(0), num_channels, num_tiles, tiles_per_split, CHANNELS
+    )
     origin = _origin(x_ptr, channel, present, inner_size, ROWS, COMPUTE)
-    count = tl.zeros([CHANNELS], tl.float64)
-    total = tl.zeros([CHANNELS], tl.float64)
-    squares = tl.zeros([CHANNELS], tl.float64)
-    for tile in range(first, last):
+    filler = _spread(origin, COMPUTE, ROWS, RUNS)
+    wide_origin = _spread(origin, tl.float64, ROWS, RUNS)
+    total = _no_sums(tl.float64, ROWS, RUNS, INNER, GROUP)
+    squares = _no_sums(tl.float64, ROWS, RUNS, INNER, GROUP)
+    for tile in tl.range(first, last, num_stages=STAGES):
         _, _, _, offset, inside = _tile(
-            tile, first_channel, num_outer, num_channels, inner_size, ROWS, RUNS, INNER, CHANNELS
+            tile, first_channel, num_outer, num_channels, inner_size, ROWS, RUNS, INNER, CHANNELS, ALIGN
         )
-        x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
-        n, part, part_squares = _moments(x, inside, origin, ROWS, CHANNELS)
-        divisor = tl.where(n > 0, n, 1.0)  # 0 in the lanes of channels that do not exist
-        delta = part / divisor - total / tl.where(count > 0, count, 1.0)
-        squares += part_squares + delta * delta * (count * n / (count + divisor))
-        count += n
+        x = tl.load(x_ptr + offset, mask=inside, other=filler)
+        part, part_squares = _moments(x, wide_origin, ROWS, GROUP)
         total += part
-    _store_sum(partials_ptr, 0, count, channel, present, split, num_splits, num_channels)
-    _store_sum(partials_ptr, 1, total, channel, present, split, num_splits, num_channels)
-    _store_sum(partials_ptr, 2, squares, channel, present, split, num_splits, num_channels)
+        squares += part_squares
+    total = _channel_sums(total, ROWS, CHANNELS)
+    squares = _channel_sums(squares, ROWS, CHANNELS)
+    _store_sum(partials_ptr, 0, total, channel, present, split, num_splits, num_channels)
+    _store_sum(partials_ptr, 1, squares, channel, present, split, num_splits, num_channels)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -483,39 +556,40 @@ def forward_apply_kernel(
     y_ptr, statistics_ptr, mask_ptr, eps: tl.float64,
     num_outer, num_channels, inner_size, num_tiles, tiles_per_split, num_splits, channel_size,
     SLOPE_STRIDE: tl.constexpr, FORWARD: tl.constexpr, ON: tl.constexpr, ARGS: tl.constexpr, SPLITS: tl.constexpr,
-    ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
+    VECTOR: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """y = φ(γ·x̂ + β + residual), from partial moments, from running statistics, or without normalisation.
+    """y = φ(γ·x̂ + β + residual), from partial sums, from running statistics, or without normalisation.
 
-    Reads x and residual, writes y: 3 u (2 without residual), and the mask. Each program merges the moments of its own
-    channels; the first split's programs write statistics, float64 (3, C): mean, rstd, unbiased variance.
+    Units: 3 + mask. Reads x and residual, writes y and the mask; 2 without residual. Each program merges the partial
+    sums of its own channels; the first split's write statistics, float64 (3, C): mean, rstd, unbiased variance.
     """
     NORMALISE: tl.constexpr = statistics_ptr is not None
-    first_channel, channel, present, split, first, last = _program(num_channels, num_tiles, tiles_per_split, CHANNELS)
+    first_channel, channel, present, split, first, last = _program(
+        tl.program_id(0), num_channels, num_tiles, tiles_per_split, CHANNELS
+    )
     scale = _channel_values(weight_ptr, channel, present, 1, 1.0)
     bias = _channel_values(bias_ptr, channel, present, 1, 0.0)
     slope = _channel_values(slope_ptr, channel, present, SLOPE_STRIDE, 0.0)
     mean = bias
     if NORMALISE:
         if partials_ptr is not None:
-            origin = _origin(x_ptr, channel, present, inner_size, ROWS, COMPUTE).to(tl.float64)
-            part = _merge(partials_ptr, 1, channel, present, num_splits, num_channels, SPLITS) / channel_size
-            squares = _merge_squares(partials_ptr, part, channel, present, num_splits, num_channels, SPLITS)
-            mean = origin + part
-            variance = squares / channel_size
-            unbiased = squares / (channel_size - 1)
+            origin = _origin(x_ptr, channel, present, inner_size, ROWS, COMPUTE)
+            total, squares = _merge(partials_ptr, 0, channel, present, num_splits, num_channels, SPLITS)
+            mean, rstd = _statistics(
+                origin, total, squares, channel_size, eps, statistics_ptr, channel, present, num_channels, split == 0
+            )
         else:
             mean = _channel_values(running_mean_ptr, channel, present, 1, 0.0)
-            variance = _channel_values(running_var_ptr, channel, present, 1, 1.0)
+            rstd = 1.0 / tl.sqrt(_channel_values(running_var_ptr, channel, present, 1, 1.0) + eps)
             unbiased = tl.full([CHANNELS], float("nan"), tl.float64)
-        rstd = 1.0 / tl.sqrt(variance + eps)
+            if split == 0:
+                _save_statistics(statistics_ptr, channel, present, num_channels, mean, rstd, unbiased)
         scale = scale * rstd
-        if split == 0:
-            _save_statistics(statistics_ptr, channel, present, num_channels, mean, rstd, unbiased)
     affine = _affine(mean, scale, bias, slope, COMPUTE, ROWS, RUNS)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, num_stages=STAGES):
         run, start, exists, offset, inside = _tile(
-            tile, first_channel, num_outer, num_channels, inner_size, ROWS, RUNS, INNER, CHANNELS
+            tile, first_channel, num_outer, num_channels, inner_size, ROWS, RUNS, INNER, CHANNELS, ALIGN
         )
         x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
         _activate(
@@ -529,22 +603,24 @@ def forward_channel_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, slope_ptr, y_ptr, statistics_ptr, mask_ptr, eps: tl.float64,
     num_outer, num_channels, inner_size, channel_size,
     SLOPE_STRIDE: tl.constexpr, FORWARD: tl.constexpr, ON: tl.constexpr, ARGS: tl.constexpr,
-    ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
+    VECTOR: tl.constexpr, ALIGN: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Statistics and y in one pass, for channels that fit a program's registers: one tile holds all their elements.
 
-    Reads x and residual, writes y: 3 u (2 without residual), and the mask.
+    Units: 3 + mask. Reads x and residual, writes y and the mask; 2 without residual.
     """
-    first_channel, channel, present, _, _, _ = _program(num_channels, 1, 1, CHANNELS)
+    first_channel, channel, present, _, _, _ = _program(tl.program_id(0), num_channels, 1, 1, CHANNELS)
     run, start, exists, offset, inside = _tile(
-        0, first_channel, num_outer, num_channels, inner_size, ROWS, RUNS, INNER, CHANNELS
+        0, first_channel, num_outer, num_channels, inner_size, ROWS, RUNS, INNER, CHANNELS, ALIGN
     )
-    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
     origin = _origin(x_ptr, channel, present, inner_size, ROWS, COMPUTE)
-    _, total, squares = _moments(x, inside, origin, ROWS, CHANNELS)
-    mean = origin.to(tl.float64) + total / channel_size
-    rstd = 1.0 / tl.sqrt(squares / channel_size + eps)
-    _save_statistics(statistics_ptr, channel, present, num_channels, mean, rstd, squares / (channel_size - 1))
+    x = tl.load(x_ptr + offset, mask=inside, other=_spread(origin, COMPUTE, ROWS, RUNS)).to(COMPUTE)
+    total, squares = _moments(x, _spread(origin, tl.float64, ROWS, RUNS), ROWS, GROUP)
+    mean, rstd = _statistics(
+        origin, _channel_sums(total, ROWS, CHANNELS), _channel_sums(squares, ROWS, CHANNELS), channel_size, eps,
+        statistics_ptr, channel, present, num_channels, True,
+    )  # fmt: skip
     scale = _channel_values(weight_ptr, channel, present, 1, 1.0) * rstd
     bias = _channel_values(bias_ptr, channel, present, 1, 0.0)
     slope = _channel_values(slope_ptr, channel, present, SLOPE_STRIDE, 0.0)
@@ -579,132 +655,66 @@ def _saved(
 @triton.jit(do_not_specialize=_UNSPECIALISED)
 def backward_reduce_kernel(
     dy_ptr, x_ptr, residual_ptr, mask_ptr, statistics_ptr, weight_ptr, bias_ptr, slope_ptr,
-    factor_ptr, dx_ptr, dresidual_ptr, sums_ptr, tallies_ptr,
+    dx_ptr, dresidual_ptr, sums_ptr, tallies_ptr,
     num_outer, num_channels, inner_size, num_tiles, tiles_per_split, num_splits,
-    DX_IS_SCALED_DZ: tl.constexpr, NEEDS_XHAT: tl.constexpr, READS_Z: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
+    NEEDS_XHAT: tl.constexpr, READS_Z: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
     BACKWARD: tl.constexpr, ON: tl.constexpr, WEIGHT_BACKWARD: tl.constexpr, ARGS: tl.constexpr,
-    ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
+    VECTOR: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of the gradients and, where statistics do not depend on x, dx = γ·r·dz·factor in the same pass.
+    """Partial sums of the gradients and, where it is wanted here, dx = γ·r·dz: statistics that do not depend on x.
 
-    Reads dy, x (or the mask alone) and writes what is wanted: 1 to 5 u. ``sums``: float64 (4, num_splits, C) of Σdz,
-    Σdz·x̂, Σdz² and the slope's gradient; ``tallies``: float64 (5, programs), see ``_TALLY_*``. Either may be None.
-    ``DX_IS_SCALED_DZ``: that is the whole of dx, so its norm is known; else its tally is the next pass's.
+    Units: 2 + mask. Reads dy, x and the mask (x only where z or x̂ is needed, residual only where z is); each of dx and
+    dresidual that is written here is one more. ``sums``: float64 (4, num_splits, C) of Σdz, Σdz·x̂, Σdz² and the slope's
+    gradient; ``tallies``: float64 (3, programs) of Σdy² and of dead and non-finite elements. Either may be None.
     """
-    first_channel, channel, present, split, first, last = _program(num_channels, num_tiles, tiles_per_split, CHANNELS)
-    affine, mean, rstd, scale = _saved(
+    first_channel, channel, present, split, first, last = _program(
+        tl.program_id(0), num_channels, num_tiles, tiles_per_split, CHANNELS
+    )
+    affine, mean, rstd, _scale = _saved(
         statistics_ptr, weight_ptr, bias_ptr, slope_ptr, channel, present, num_channels, SLOPE_STRIDE,
         COMPUTE, ROWS, RUNS,
     )  # fmt: skip
-    if factor_ptr is not None:
-        gain = _spread(scale * tl.load(factor_ptr), COMPUTE, ROWS, RUNS)
-    else:
-        gain = affine[2]
-
-    dz_total = tl.zeros([CHANNELS], tl.float64)
-    dz_centred = tl.zeros([CHANNELS], tl.float64)
-    dz_sq = tl.zeros([CHANNELS], tl.float64)
-    dy_sq = tl.zeros([CHANNELS], tl.float64)
-    dslope = tl.zeros([CHANNELS], tl.float64)
-    dead_count = tl.zeros([CHANNELS], tl.float64)
-    nonfinite = tl.zeros([CHANNELS], tl.float64)
-    for tile in range(first, last):
+    wide_mean = _spread(mean, tl.float64, ROWS, RUNS)
+    dz_sum = _no_sums(tl.float64, ROWS, RUNS, INNER, GROUP)
+    dz_centred = _no_sums(tl.float64, ROWS, RUNS, INNER, GROUP)
+    dz_sq = _no_sums(tl.float64, ROWS, RUNS, INNER, GROUP)
+    dslope = _no_sums(tl.float64, ROWS, RUNS, INNER, GROUP)
+    dy_sq = _no_sums(tl.float64, False, RUNS, INNER, VECTOR)
+    dead_count = _no_sums(tl.int32, False, RUNS, INNER, VECTOR)
+    nonfinite = _no_sums(tl.int32, False, RUNS, INNER, VECTOR)
+    for tile in tl.range(first, last, num_stages=STAGES):
         run, start, exists, offset, inside = _tile(
-            tile, first_channel, num_outer, num_channels, inner_size, ROWS, RUNS, INNER, CHANNELS
+            tile, first_channel, num_outer, num_channels, inner_size, ROWS, RUNS, INNER, CHANNELS, ALIGN
         )
-        dy, dz, x, _, z, dead = _differentiate(
+        dy, dz, x, _centred, z, dead = _differentiate(
             dy_ptr, x_ptr, residual_ptr, mask_ptr, run, start, exists, offset, inside, inner_size, affine,
             statistics_ptr is not None, READS_Z, NEEDS_XHAT, tallies_ptr is not None, BACKWARD, ON, ARGS, COMPUTE,
         )  # fmt: skip
         if dx_ptr is not None:
-            _store(dx_ptr + offset, dz * gain, inside)
+            _store(dx_ptr + offset, dz * affine[2], inside)
         if dresidual_ptr is not None:
             _store(dresidual_ptr + offset, dz, inside)
         if sums_ptr is not None:
-            parts = _parameter_sums(dy, dz, x, mean, z, inside, NEEDS_XHAT, WEIGHT_BACKWARD, ROWS, CHANNELS)
-            dz_total += parts[0]
-            dz_centred += parts[1]
-            dslope += parts[2]
+            parts = _gradient_sums(dy, dz, x, wide_mean, z, NEEDS_XHAT, WEIGHT_BACKWARD, ROWS, GROUP)
+            dz_sum += parts[0]
+            dz_sq += parts[2]
+            if NEEDS_XHAT:
+                dz_centred += parts[1]
+            if WEIGHT_BACKWARD is not None:
+                dslope += parts[3]
         if tallies_ptr is not None:
-            dz_sq += _sum_of_squares(dz, ROWS, CHANNELS)
-            dy_sq += _sum_of_squares(dy, ROWS, CHANNELS)
-            dead_count += _channel_sum(dead.to(tl.int32), ROWS, CHANNELS)
-            finite = tl.abs(dy) < float("inf")
-            nonfinite += _channel_sum((inside & (finite == 0)).to(tl.int32), ROWS, CHANNELS)
-
+            counts = _counts(dy, dead, inside, VECTOR)
+            dy_sq += counts[0]
+            dead_count += counts[1]
+            nonfinite += counts[2]
     if sums_ptr is not None:
-        _store_sum(sums_ptr, _DZ, dz_total, channel, present, split, num_splits, num_channels)
-        _store_sum(sums_ptr, _DZ_XHAT, dz_centred * rstd, channel, present, split, num_splits, num_channels)
-        _store_sum(sums_ptr, _DZ_SQ, dz_sq, channel, present, split, num_splits, num_channels)
-        _store_sum(sums_ptr, _SLOPE, dslope, channel, present, split, num_splits, num_channels)
-    if tallies_ptr is not None:
-        _store_tally(tallies_ptr, _TALLY_DY_SQ, dy_sq)
-        _store_tally(tallies_ptr, _TALLY_DZ_SQ, dz_sq)
-        if DX_IS_SCALED_DZ:
-            _store_tally(tallies_ptr, _TALLY_DX_SQ, dz_sq * scale * scale)
-        _store_tally(tallies_ptr, _TALLY_DEAD, dead_count)
-        _store_tally(tallies_ptr, _TALLY_NONFINITE, nonfinite)
-
-
-@triton.jit(do_not_specialize=_UNSPECIALISED)
-def backward_apply_kernel(
-    dy_ptr, x_ptr, residual_ptr, mask_ptr, statistics_ptr, weight_ptr, bias_ptr, slope_ptr,
-    factor_ptr, dx_ptr, dresidual_ptr, sums_ptr, tallies_ptr, eps: tl.float64,
-    num_outer, num_channels, inner_size, num_tiles, tiles_per_split, num_splits, channel_size,
-    READS_Z: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
-    BACKWARD: tl.constexpr, ON: tl.constexpr, ARGS: tl.constexpr, SPLITS: tl.constexpr,
-    ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, COMPUTE: tl.constexpr,
-):  # fmt: skip
-    """dx over the batch's statistics, from the sums of ``backward_reduce``; and ‖dx‖² where ``tallies_ptr`` is given.
-
-    Reads dy, x (and the mask), writes dx and dresidual: 4 u + the mask. The norm is the closed form, told by the first
-    split's programs, except for channels where that cancels: theirs is summed up from dx itself, by every program.
-    Where neither dx nor dresidual is wanted, programs whose channels do not cancel read no tensor.
-    """
-    first_channel, channel, present, split, first, last = _program(num_channels, num_tiles, tiles_per_split, CHANNELS)
-    affine, _mean, rstd, scale = _saved(
-        statistics_ptr, weight_ptr, bias_ptr, slope_ptr, channel, present, num_channels, SLOPE_STRIDE,
-        COMPUTE, ROWS, RUNS,
-    )  # fmt: skip
-    mean_dz = _merge(sums_ptr, _DZ, channel, present, num_splits, num_channels, SPLITS) / channel_size
-    mean_dz_xhat = _merge(sums_ptr, _DZ_XHAT, channel, present, num_splits, num_channels, SPLITS) / channel_size
-    gain = scale
-    if factor_ptr is not None:
-        gain = scale * tl.load(factor_ptr)
-    terms = _gradient_terms(mean_dz, mean_dz_xhat, gain, rstd, COMPUTE, ROWS, RUNS)
-
-    dx_sq = tl.zeros([CHANNELS], tl.float64)
-    cancels = channel < 0
-    any_cancels = split < 0
-    if tallies_ptr is not None:
-        dz_sq = _merge(sums_ptr, _DZ_SQ, channel, present, num_splits, num_channels, SPLITS)
-        kappa = 1.0 - rstd * rstd * eps
-        closed = dz_sq - (mean_dz * mean_dz + (2.0 - kappa) * mean_dz_xhat * mean_dz_xhat) * channel_size
-        cancels = present & ((closed > dz_sq * _CANCELLATION) == 0)  # NaN counts as cancelling
-        any_cancels = tl.sum(cancels.to(tl.int32), axis=0) > 0
-        if split == 0:
-            dx_sq = tl.where(present & (cancels == 0), scale * scale * closed, 0.0)
-        if dx_ptr is None and dresidual_ptr is None:
-            if any_cancels == 0:
-                last = first
-    for tile in range(first, last):
-        run, start, exists, offset, inside = _tile(
-            tile, first_channel, num_outer, num_channels, inner_size, ROWS, RUNS, INNER, CHANNELS
-        )
-        _dy, dz, _x, centred, _z, _dead = _differentiate(
-            dy_ptr, x_ptr, residual_ptr, mask_ptr, run, start, exists, offset, inside, inner_size, affine,
-            True, READS_Z, True, False, BACKWARD, ON, ARGS, COMPUTE,
+        _save_sums(
+            sums_ptr, dz_sum, dz_centred, dz_sq, dslope, rstd, channel, present, split, num_splits, num_channels,
+            NEEDS_XHAT, WEIGHT_BACKWARD, ROWS,
         )  # fmt: skip
-        dx = _input_gradient(dz, centred, terms)
-        if dx_ptr is not None:
-            _store(dx_ptr + offset, dx, inside)
-        if dresidual_ptr is not None:
-            _store(dresidual_ptr + offset, dz, inside)
-        if tallies_ptr is not None:
-            if any_cancels:
-                dx_sq += tl.where(cancels, _sum_of_squares(tl.where(inside, dx, 0.0), ROWS, CHANNELS), 0.0)
     if tallies_ptr is not None:
-        _store_tally(tallies_ptr, _TALLY_DX_SQ, dx_sq)
+        _save_counts(tallies_ptr, dy_sq, dead_count, nonfinite)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -712,124 +722,396 @@ def backward_channel_kernel(
     dy_ptr, x_ptr, residual_ptr, mask_ptr, statistics_ptr, weight_ptr, bias_ptr, slope_ptr,
     dx_ptr, dresidual_ptr, sums_ptr, tallies_ptr,
     num_outer, num_channels, inner_size, channel_size,
-    READS_Z: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
+    NEEDS_NORM: tl.constexpr, READS_Z: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
     BACKWARD: tl.constexpr, ON: tl.constexpr, WEIGHT_BACKWARD: tl.constexpr, ARGS: tl.constexpr,
-    ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, COMPUTE: tl.constexpr,
+    ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
+    VECTOR: tl.constexpr, ALIGN: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """All of the backward over the batch's statistics in one pass, for channels that fit a program's registers.
 
-    Reads dy, x (and the mask), writes dx and dresidual: 4 u + the mask. Sums and tallies as ``backward_reduce``, with
-    one split; ‖dx‖² is summed up from dx itself.
+    Units: 4 + mask. Reads dy, x and the mask (residual only where z is needed), writes dx and dresidual. Sums and
+    tallies as ``backward_reduce``, with one split, and a row more of sums: Σdx², where the norm is asked for.
     """
-    first_channel, channel, present, _, _, _ = _program(num_channels, 1, 1, CHANNELS)
+    first_channel, channel, present, _, _, _ = _program(tl.program_id(0), num_channels, 1, 1, CHANNELS)
     affine, mean, rstd, scale = _saved(
         statistics_ptr, weight_ptr, bias_ptr, slope_ptr, channel, present, num_channels, SLOPE_STRIDE,
         COMPUTE, ROWS, RUNS,
     )  # fmt: skip
     run, start, exists, offset, inside = _tile(
-        0, first_channel, num_outer, num_channels, inner_size, ROWS, RUNS, INNER, CHANNELS
+        0, first_channel, num_outer, num_channels, inner_size, ROWS, RUNS, INNER, CHANNELS, ALIGN
     )
     dy, dz, x, centred, z, dead = _differentiate(
         dy_ptr, x_ptr, residual_ptr, mask_ptr, run, start, exists, offset, inside, inner_size, affine,
         True, READS_Z, True, tallies_ptr is not None, BACKWARD, ON, ARGS, COMPUTE,
     )  # fmt: skip
-    dz_total, dz_centred, dslope = _parameter_sums(dy, dz, x, mean, z, inside, True, WEIGHT_BACKWARD, ROWS, CHANNELS)
-    dz_xhat = dz_centred * rstd
+    dz_sum, dz_centred, dz_sq, dslope = _gradient_sums(
+        dy, dz, x, _spread(mean, tl.float64, ROWS, RUNS), z, True, WEIGHT_BACKWARD, ROWS, GROUP
+    )
+    dz_total, dz_xhat = _save_sums(
+        sums_ptr, dz_sum, dz_centred, dz_sq, dslope, rstd, channel, present, 0, 1, num_channels,
+        True, WEIGHT_BACKWARD, ROWS,
+    )  # fmt: skip
+    if tallies_ptr is not None:
+        dy_sq, dead_count, nonfinite = _counts(dy, dead, inside, VECTOR)
+        _save_counts(tallies_ptr, dy_sq, dead_count, nonfinite)
     terms = _gradient_terms(dz_total / channel_size, dz_xhat / channel_size, scale, rstd, COMPUTE, ROWS, RUNS)
-    dx = _input_gradient(dz, centred, terms)
-    if dx_ptr is not None:
-        _store(dx_ptr + offset, dx, inside)
+    dx = tl.where(inside, _input_gradient(dz, centred, terms), 0.0)
+    _store(dx_ptr + offset, dx, inside)
     if dresidual_ptr is not None:
         _store(dresidual_ptr + offset, dz, inside)
-    _store_sum(sums_ptr, _DZ, dz_total, channel, present, 0, 1, num_channels)
-    _store_sum(sums_ptr, _DZ_XHAT, dz_xhat, channel, present, 0, 1, num_channels)
-    if WEIGHT_BACKWARD is not None:
-        _store_sum(sums_ptr, _SLOPE, dslope, channel, present, 0, 1, num_channels)
-    if tallies_ptr is not None:
-        finite = tl.abs(dy) < float("inf")
-        nonfinite = _channel_sum((inside & (finite == 0)).to(tl.int32), ROWS, CHANNELS)
-        _store_tally(tallies_ptr, _TALLY_DY_SQ, _sum_of_squares(dy, ROWS, CHANNELS))
-        _store_tally(tallies_ptr, _TALLY_DZ_SQ, _sum_of_squares(dz, ROWS, CHANNELS))
-        _store_tally(tallies_ptr, _TALLY_DX_SQ, _sum_of_squares(tl.where(inside, dx, 0.0), ROWS, CHANNELS))
-        _store_tally(tallies_ptr, _TALLY_DEAD, _channel_sum(dead.to(tl.int32), ROWS, CHANNELS))
-        _store_tally(tallies_ptr, _TALLY_NONFINITE, nonfinite)
+    if NEEDS_NORM:
+        wide = dx.to(tl.float64)
+        dx_sq = _channel_sums(_group_sums(wide * wide, ROWS, GROUP), ROWS, CHANNELS)
+        _store_sum(sums_ptr, _DX_SQ, dx_sq, channel, present, 0, 1, num_channels)
 
 
 @triton.jit
 def _total(tallies_ptr, row, num_programs, PROGRAMS: tl.constexpr):
-    """Σ over programs of one row of the tallies, a (1,) block."""
+    """Σ over programs of one row of the tallies."""
     total = tl.zeros([PROGRAMS], tl.float64)
     for first in range(0, num_programs, PROGRAMS):
         program = first + tl.arange(0, PROGRAMS)
         total += tl.load(tallies_ptr + num_programs * row + program, mask=program < num_programs, other=0.0)
-    return tl.sum(total, axis=0, keep_dims=True)
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
-def _save_gradient(ptr, sums_ptr, row, channel, present, num_splits, num_channels, SPLITS: tl.constexpr):
-    """Merge a parameter's gradient, write it where it is wanted, and return its square, (1,)."""
-    total = _merge(sums_ptr, row, channel, present, num_splits, num_channels, SPLITS)
-    if ptr is not None:
-        _store(ptr + channel, total, present)
-    return tl.sum(total * total, axis=0, keep_dims=True)
-
-
-@triton.jit(do_not_specialize=["num_channels", "num_splits", "num_programs", "num_elements"])
-def backward_finish_kernel(
-    sums_ptr, tallies_ptr, dweight_ptr, dbias_ptr, dslope_ptr, record_ptr, factor_ptr,
-    min_norm: tl.float64, max_norm: tl.float64, num_channels, num_splits, num_programs, num_elements,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, SHARED_SLOPE: tl.constexpr,
-    CHANNELS: tl.constexpr, SPLITS: tl.constexpr, PROGRAMS: tl.constexpr,
+def _gradient_totals(
+    sums_ptr, statistics_ptr, weight_ptr, dweight_ptr, dbias_ptr, dslope_ptr, eps, channel_size,
+    num_channels, num_splits, OVER_BATCH: tl.constexpr, SUMMED: tl.constexpr, SHARED_SLOPE: tl.constexpr,
+    CHANNELS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One program: merge the parameters' gradients, the record (float64 (9,)) and the factor that bounds ‖dx‖.
+    """Merge all channels' sums: Σdz², ‖dx‖² (before bounds), ‖γ·r·dz‖², ‖dγ‖², ‖dβ‖² over the layer.
 
-    It reads the workspaces, a few kilobytes, and no tensor: 0 u. Any output may be None. The factor is 1 for a norm
-    that is zero or not finite.
+    ``SUMMED``: ‖dx‖² is a row of the sums, of one split; else it is the closed form, which may cancel. Writes the
+    parameters' gradients that are not None. Whoever calls it gets the same bits.
     """
-    one = tl.arange(0, 1)
-    dweight_sq = tl.zeros([1], tl.float64)
-    dbias_sq = tl.zeros([1], tl.float64)
-    shared_slope = tl.zeros([1], tl.float64)
-    if sums_ptr is not None:
-        for first in range(0, num_channels, CHANNELS):
-            channel = first + tl.arange(0, CHANNELS)
-            present = channel < num_channels
-            if HAS_WEIGHT:
-                dweight_sq += _save_gradient(
-                    dweight_ptr, sums_ptr, _DZ_XHAT, channel, present, num_splits, num_channels, SPLITS
-                )
-            if HAS_BIAS:
-                dbias_sq += _save_gradient(dbias_ptr, sums_ptr, _DZ, channel, present, num_splits, num_channels, SPLITS)
-            if SHARED_SLOPE:
-                slopes = _merge(sums_ptr, _SLOPE, channel, present, num_splits, num_channels, SPLITS)
-                shared_slope += tl.sum(slopes, axis=0, keep_dims=True)
-            elif dslope_ptr is not None:
-                _save_gradient(dslope_ptr, sums_ptr, _SLOPE, channel, present, num_splits, num_channels, SPLITS)
+    dz_sq = tl.zeros([CHANNELS], tl.float64)
+    dx_sq = tl.zeros([CHANNELS], tl.float64)
+    scaled_sq = tl.zeros([CHANNELS], tl.float64)
+    dweight_sq = tl.zeros([CHANNELS], tl.float64)
+    dbias_sq = tl.zeros([CHANNELS], tl.float64)
+    slope = tl.zeros([CHANNELS], tl.float64)
+    for first in range(0, num_channels, CHANNELS):
+        channel = first + tl.arange(0, CHANNELS)
+        present = channel < num_channels
+        dz, dz_xhat = _merge(sums_ptr, _DZ, channel, present, num_splits, num_channels, SPLITS)
+        squares, dslope = _merge(sums_ptr, _DZ_SQ, channel, present, num_splits, num_channels, SPLITS)
+        scale = _channel_values(weight_ptr, channel, present, 1, 1.0)
+        excess = scale * 0.0  # ε·r², which is 1 − κ
+        if statistics_ptr is not None:
+            rstd = tl.load(statistics_ptr + num_channels + channel, mask=present, other=0.0)
+            scale = scale * rstd
+            excess = eps * rstd * rstd
+        scale_sq = scale * scale
+        rest = squares
+        if OVER_BATCH:
+            rest = squares - (dz * dz + (1.0 + excess) * dz_xhat * dz_xhat) / channel_size
+            rest = tl.where(rest < 0, 0.0, rest)  # by rounding; NaN stays
+        dz_sq += squares
+        if SUMMED:
+            dx_sq += tl.load(sums_ptr + num_channels * _DX_SQ + channel, mask=present, other=0.0)
+        else:
+            dx_sq += tl.where(present, scale_sq * rest, 0.0)
+        scaled_sq += tl.where(present, scale_sq * squares, 0.0)
+        dweight_sq += dz_xhat * dz_xhat
+        dbias_sq += dz * dz
+        slope += dslope
+        if dweight_ptr is not None:
+            _store(dweight_ptr + channel, dz_xhat, present)
+        if dbias_ptr is not None:
+            _store(dbias_ptr + channel, dz, present)
+        if dslope_ptr is not None:
+            if not SHARED_SLOPE:
+                _store(dslope_ptr + channel, dslope, present)
     if SHARED_SLOPE:
-        _store(dslope_ptr + one, shared_slope, one == 0)
-    if tallies_ptr is not None:
-        dx_sq = _total(tallies_ptr, _TALLY_DX_SQ, num_programs, PROGRAMS)
-        if factor_ptr is not None:
-            norm = tl.sqrt(dx_sq)
-            bound = tl.where(norm < min_norm, tl.full([1], min_norm, tl.float64), norm)
-            bound = tl.where(norm > max_norm, tl.full([1], max_norm, tl.float64), bound)
-            bounded = (norm > 0) & (norm < float("inf"))
-            factor = tl.where(bounded, bound / tl.where(bounded, norm, 1.0), 1.0)
-            tl.store(factor_ptr + one, factor)
-            dx_sq *= factor * factor
+        if dslope_ptr is not None:
+            one = tl.arange(0, 1)
+            _store(dslope_ptr + one, tl.sum(slope, axis=0, keep_dims=True), one == 0)
+    return (
+        tl.sum(dz_sq, axis=0), tl.sum(dx_sq, axis=0), tl.sum(scaled_sq, axis=0), tl.sum(dweight_sq, axis=0),
+        tl.sum(dbias_sq, axis=0),
+    )  # fmt: skip
+
+
+@triton.jit
+def _cancels(dx_sq, scaled_sq):
+    """Whether the closed form of ‖dx‖² is too little of ‖γ·r·dz‖² to be the norm of what is written; not if NaN."""
+    return (dx_sq <= scaled_sq * _CANCELS) & (scaled_sq > 0)
+
+
+@triton.jit
+def _factor(dx_sq, min_norm, max_norm):
+    """What takes ‖dx‖ into its bounds: 1 for a norm that is zero or not finite."""
+    norm = tl.sqrt(dx_sq)
+    bounded = (norm > 0) & (norm < float("inf"))
+    bound = tl.where(norm < min_norm, min_norm, norm)
+    bound = tl.where(norm > max_norm, max_norm, bound)
+    return tl.where(bounded, bound / tl.where(bounded, norm, 1.0), 1.0)
+
+
+@triton.jit
+def _save_record(
+    record_ptr, tallies_ptr, dz_sq, dx_sq, dweight_sq, dbias_sq, min_norm, max_norm, num_programs, num_elements,
+    BOUNDED: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Write the record, float64 (9,), from the layer's totals and the tallies."""
+    if BOUNDED:
+        factor = _factor(dx_sq, min_norm, max_norm)
+        dx_sq *= factor * factor
+    tl.store(record_ptr, _total(tallies_ptr, _TALLY_DY_SQ, num_programs, PROGRAMS))
+    tl.store(record_ptr + 1, dz_sq)
+    tl.store(record_ptr + 2, dx_sq)
+    tl.store(record_ptr + 3, dweight_sq if HAS_WEIGHT else dz_sq * 0.0)
+    tl.store(record_ptr + 4, dbias_sq if HAS_BIAS else dz_sq * 0.0)
+    tl.store(record_ptr + 5, _total(tallies_ptr, _TALLY_DEAD, num_programs, PROGRAMS))
+    tl.store(record_ptr + 6, _total(tallies_ptr, _TALLY_NONFINITE, num_programs, PROGRAMS))
+    tl.store(record_ptr + 7, num_elements)
+    tl.store(record_ptr + 8, 1.0)
+
+
+_FINISH_UNSPECIALISED = ["num_channels", "num_splits", "channel_size", "num_programs", "num_elements"]
+
+
+@triton.jit(do_not_specialize=_FINISH_UNSPECIALISED)
+def backward_finish_kernel(
+    sums_ptr, tallies_ptr, statistics_ptr, weight_ptr, dweight_ptr, dbias_ptr, dslope_ptr, record_ptr,
+    eps: tl.float64, min_norm: tl.float64, max_norm: tl.float64,
+    num_channels, num_splits, channel_size, num_programs, num_elements,
+    OVER_BATCH: tl.constexpr, SUMMED: tl.constexpr, BOUNDED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, SHARED_SLOPE: tl.constexpr,
+    FINISH_CHANNELS: tl.constexpr, FINISH_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One program: merge the parameters' gradients and the record, for passes whose first launch wrote dx, or none.
+
+    Units: 0. It reads the workspaces, some kilobytes, and no tensor.
+    """
+    dz_sq, dx_sq, _scaled_sq, dweight_sq, dbias_sq = _gradient_totals(
+        sums_ptr, statistics_ptr, weight_ptr, dweight_ptr, dbias_ptr, dslope_ptr, eps, channel_size,
+        num_channels, num_splits, OVER_BATCH, SUMMED, SHARED_SLOPE, FINISH_CHANNELS, FINISH_SPLITS,
+    )  # fmt: skip
+    if record_ptr is not None:
+        _save_record(
+            record_ptr, tallies_ptr, dz_sq, dx_sq, dweight_sq, dbias_sq, min_norm, max_norm, num_programs,
+            num_elements, BOUNDED, HAS_WEIGHT, HAS_BIAS, FINISH_CHANNELS * FINISH_SPLITS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _apply(
+    dy_ptr, x_ptr, residual_ptr, mask_ptr, statistics_ptr, weight_ptr, bias_ptr, slope_ptr, dx_ptr, dresidual_ptr,
+    sums_ptr, block, first, last, factor, writes,
+    num_outer, num_channels, inner_size, num_splits, channel_size,
+    OVER_BATCH: tl.constexpr, BOUNDED: tl.constexpr, WRITES: tl.constexpr, SUMS: tl.constexpr, READS_Z: tl.constexpr,
+    SLOPE_STRIDE: tl.constexpr, BACKWARD: tl.constexpr, ON: tl.constexpr, ARGS: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr,
+    ALIGN: tl.constexpr, STAGES: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """dx, times ``factor`` where BOUNDED, and dresidual, of the tiles ``first`` to ``last`` of a block of channels.
+
+    ``WRITES`` and ``writes``: whether they are stored. ``SUMS``: returns Σdx² before the factor, else 0. dx is the same
+    bits whoever makes it.
+    """
+    first_channel = block * CHANNELS
+    channel = first_channel + tl.arange(0, CHANNELS)
+    present = channel < num_channels
+    affine, _mean, rstd, scale = _saved(
+        statistics_ptr, weight_ptr, bias_ptr, slope_ptr, channel, present, num_channels, SLOPE_STRIDE,
+        COMPUTE, ROWS, RUNS,
+    )  # fmt: skip
+    if OVER_BATCH:
+        dz_total, dz_xhat = _merge(sums_ptr, _DZ, channel, present, num_splits, num_channels, SPLITS)
+        terms = _gradient_terms(dz_total / channel_size, dz_xhat / channel_size, scale, rstd, COMPUTE, ROWS, RUNS)
+    else:
+        gain = _spread(scale, COMPUTE, ROWS, RUNS)
+    dx_sq = tl.zeros([RUNS, INNER] if SUMS else [1, 1], tl.float64)
+    for tile in tl.range(first, last, num_stages=STAGES):
+        run, start, exists, offset, inside = _tile(
+            tile, first_channel, num_outer, num_channels, inner_size, ROWS, RUNS, INNER, CHANNELS, ALIGN
+        )
+        _dy, dz, _x, centred, _z, _dead = _differentiate(
+            dy_ptr, x_ptr, residual_ptr, mask_ptr, run, start, exists, offset, inside, inner_size, affine,
+            statistics_ptr is not None, READS_Z, OVER_BATCH, False, BACKWARD, ON, ARGS, COMPUTE,
+        )  # fmt: skip
+        if OVER_BATCH:
+            dx = _input_gradient(dz, centred, terms)
+        else:
+            dx = dz * gain
+        if BOUNDED:  # times the dx whose norm it is: by a scaled γ·r, another rounding would be left of what cancels
+            scaled = (dx.to(tl.float64) * factor).to(COMPUTE)
+        else:
+            scaled = dx
+        if WRITES:
+            _store(dx_ptr + offset, scaled, inside & writes)
+            if dresidual_ptr is not None:
+                _store(dresidual_ptr + offset, dz, inside & writes)
+        if SUMS:
+            wide = tl.where(inside, dx, 0.0).to(tl.float64)
+            dx_sq += wide * wide
+    return tl.sum(tl.sum(dx_sq, axis=1), axis=0)
+
+
+@triton.jit
+def _alone(
+    dy_ptr, x_ptr, residual_ptr, mask_ptr, statistics_ptr, weight_ptr, bias_ptr, slope_ptr, dx_ptr, dresidual_ptr,
+    sums_ptr, record_ptr, min_norm, max_norm, num_outer, num_channels, inner_size, num_splits, channel_size,
+    BOUNDED: tl.constexpr, READS_Z: tl.constexpr, SLOPE_STRIDE: tl.constexpr,
+    BACKWARD: tl.constexpr, ON: tl.constexpr, ARGS: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, ALIGN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Put right the record's ‖dx‖², summed up from dx by one program; BOUNDED: which then writes dx, within its bounds.
+
+    Its tiles are small, so that it does with the registers that the others take.
+    """
+    if ROWS:
+        num_tiles = (num_outer + RUNS - 1) // RUNS
+    else:
+        OUTER: tl.constexpr = RUNS // CHANNELS
+        num_tiles = (num_outer + OUTER - 1) // OUTER * ((inner_size + INNER - 1) // INNER)
+    dx_sq = tl.full([], 0.0, tl.float64)
+    factor = tl.full([], 1.0, tl.float64)
+    for sweep in range(2 if BOUNDED else 1):
+        for block in range((num_channels + CHANNELS - 1) // CHANNELS):
+            squares = _apply(
+                dy_ptr, x_ptr, residual_ptr, mask_ptr, statistics_ptr, weight_ptr, bias_ptr, slope_ptr,
+                dx_ptr, dresidual_ptr, sums_ptr, block, 0, num_tiles, factor, sweep == 1,
+                num_outer, num_channels, inner_size, num_splits, channel_size,
+                True, BOUNDED, BOUNDED, True, READS_Z, SLOPE_STRIDE, BACKWARD, ON, ARGS, SPLITS,
+                ROWS, RUNS, INNER, CHANNELS, ALIGN, 1, COMPUTE,
+            )  # fmt: skip
+            dx_sq += tl.where(sweep == 0, squares, 0.0)
+        if BOUNDED:
+            factor = _factor(dx_sq, min_norm, max_norm)
+    if record_ptr is not None:
+        tl.store(record_ptr + 2, dx_sq * factor * factor)
+
+
+@triton.jit(do_not_specialize=[*_UNSPECIALISED, *_FINISH_UNSPECIALISED])
+def backward_apply_kernel(
+    dy_ptr, x_ptr, residual_ptr, mask_ptr, statistics_ptr, weight_ptr, bias_ptr, slope_ptr,
+    dx_ptr, dresidual_ptr, sums_ptr, tallies_ptr, dweight_ptr, dbias_ptr, dslope_ptr, record_ptr,
+    eps: tl.float64, min_norm: tl.float64, max_norm: tl.float64,
+    num_outer, num_channels, inner_size, num_tiles, tiles_per_split, num_splits, channel_size,
+    num_programs, num_elements,
+    OVER_BATCH: tl.constexpr, SUMMED: tl.constexpr, BOUNDED: tl.constexpr, IF_OUT_OF_BOUNDS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, SHARED_SLOPE: tl.constexpr,
+    READS_Z: tl.constexpr, SLOPE_STRIDE: tl.constexpr, BACKWARD: tl.constexpr, ON: tl.constexpr, ARGS: tl.constexpr,
+    SPLITS: tl.constexpr, FINISH_CHANNELS: tl.constexpr, FINISH_SPLITS: tl.constexpr,
+    ALONE_RUNS: tl.constexpr, ALONE_INNER: tl.constexpr,
+    ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
+    VECTOR: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """dx from the sums of the launch before, times the factor that takes its norm into the bounds; dresidual.
+
+    Units: 4 + mask. Reads dy, x and the mask (x only where z or x̂ is needed, residual only where z is), writes dx and
+    dresidual. Where the closed form of the norm cancels, 2 + mask more; twice that with bounds, and dy, x and the mask
+    only. With ``IF_OUT_OF_BOUNDS`` the launch before has written both: 0 where that factor is 1. Program 0 merges what
+    ``backward_finish`` does and, where the form cancels, sums up ‖dx‖²; it comes first, for it may take longest.
+    """
+    MAY_CANCEL: tl.constexpr = OVER_BATCH and not SUMMED and (BOUNDED or record_ptr is not None)
+    num_blocks = (num_channels + CHANNELS - 1) // CHANNELS
+    if tl.program_id(0) == 0:
+        dz_sq, dx_sq, scaled_sq, dweight_sq, dbias_sq = _gradient_totals(
+            sums_ptr, statistics_ptr, weight_ptr, dweight_ptr, dbias_ptr, dslope_ptr, eps, channel_size,
+            num_channels, num_splits, OVER_BATCH, SUMMED, SHARED_SLOPE, FINISH_CHANNELS, FINISH_SPLITS,
+        )  # fmt: skip
+        cancels = _cancels(dx_sq, scaled_sq)
         if record_ptr is not None:
-            tl.store(record_ptr + one, _total(tallies_ptr, _TALLY_DY_SQ, num_programs, PROGRAMS))
-            tl.store(record_ptr + 1 + one, _total(tallies_ptr, _TALLY_DZ_SQ, num_programs, PROGRAMS))
-            tl.store(record_ptr + 2 + one, dx_sq)
-            tl.store(record_ptr + 3 + one, dweight_sq)
-            tl.store(record_ptr + 4 + one, dbias_sq)
-            tl.store(record_ptr + 5 + one, _total(tallies_ptr, _TALLY_DEAD, num_programs, PROGRAMS))
-            tl.store(record_ptr + 6 + one, _total(tallies_ptr, _TALLY_NONFINITE, num_programs, PROGRAMS))
-            tl.store(record_ptr + 7 + one, tl.full([1], num_elements, tl.float64))
-            tl.store(record_ptr + 8 + one, tl.full([1], 1, tl.float64))
+            _save_record(
+                record_ptr, tallies_ptr, dz_sq, dx_sq, dweight_sq, dbias_sq, min_norm, max_norm, num_programs,
+                num_elements, BOUNDED, HAS_WEIGHT, HAS_BIAS, FINISH_CHANNELS * FINISH_SPLITS,
+            )  # fmt: skip
+        if MAY_CANCEL:
+            if cancels:
+                _alone(
+                    dy_ptr, x_ptr, residual_ptr, mask_ptr, statistics_ptr, weight_ptr, bias_ptr, slope_ptr,
+                    dx_ptr, dresidual_ptr, sums_ptr, record_ptr, min_norm, max_norm,
+                    num_outer, num_channels, inner_size, num_splits, channel_size,
+                    BOUNDED, READS_Z, SLOPE_STRIDE, BACKWARD, ON, ARGS, SPLITS,
+                    ROWS, ALONE_RUNS, ALONE_INNER, CHANNELS, ALIGN, COMPUTE,
+                )  # fmt: skip
+        return
+    program = tl.program_id(0) - 1
+    split = program // num_blocks
+    first = split * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, num_tiles)
+    factor = 1.0
+    if BOUNDED:
+        _dz_sq, dx_sq, scaled_sq, _dweight_sq, _dbias_sq = _gradient_totals(
+            sums_ptr, statistics_ptr, weight_ptr, None, None, None, eps, channel_size,
+            num_channels, num_splits, OVER_BATCH, SUMMED, SHARED_SLOPE, FINISH_CHANNELS, FINISH_SPLITS,
+        )  # fmt: skip
+        factor = _factor(dx_sq, min_norm, max_norm)
+        if MAY_CANCEL:  # then program 0 writes all
+            last = tl.where(_cancels(dx_sq, scaled_sq), first, last)
+        if IF_OUT_OF_BOUNDS:
+            last = tl.where(factor == 1.0, first, last)
+    _apply(
+        dy_ptr, x_ptr, residual_ptr, mask_ptr, statistics_ptr, weight_ptr, bias_ptr, slope_ptr, dx_ptr, dresidual_ptr,
+        sums_ptr, program % num_blocks, first, last, factor, True,
+        num_outer, num_channels, inner_size, num_splits, channel_size,
+        OVER_BATCH, BOUNDED, True, False, READS_Z, SLOPE_STRIDE, BACKWARD, ON, ARGS, SPLITS,
+        ROWS, RUNS, INNER, CHANNELS, ALIGN, STAGES, COMPUTE,
+    )  # fmt: skip
 
 
-# -- launchers ---------------------------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def input_gradient_kernel(
+    dy_ptr, x_ptr, residual_ptr, mask_ptr, statistics_ptr, weight_ptr, bias_ptr, slope_ptr, means_ptr, factor_ptr,
+    dx_ptr, squares_ptr, num_outer, num_channels, inner_size, num_tiles, tiles_per_split,
+    READS_Z: tl.constexpr, SLOPE_STRIDE: tl.constexpr, BACKWARD: tl.constexpr, ON: tl.constexpr, ARGS: tl.constexpr,
+    ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, GROUP: tl.constexpr,
+    VECTOR: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """dx from the means of dz and dz·x̂ (float64, (2, C)), times a factor, (1,); each program's Σdx².
+
+    Units: 3 + mask. Reads dy, x and the mask (residual where z is needed), writes dx. The means are to ``_apply`` sums
+    over one split and a channel of one element.
+    """
+    num_blocks = (num_channels + CHANNELS - 1) // CHANNELS
+    program = tl.program_id(0)
+    first = program // num_blocks * tiles_per_split
+    factor = tl.load(factor_ptr)
+    squares = _apply(
+        dy_ptr, x_ptr, residual_ptr, mask_ptr, statistics_ptr, weight_ptr, bias_ptr, slope_ptr, dx_ptr, None,
+        means_ptr, program % num_blocks, first, tl.minimum(first + tiles_per_split, num_tiles), factor, True,
+        num_outer, num_channels, inner_size, 1, 1,
+        True, True, True, True, READS_Z, SLOPE_STRIDE, BACKWARD, ON, ARGS, 1,
+        ROWS, RUNS, INNER, CHANNELS, ALIGN, STAGES, COMPUTE,
+    )  # fmt: skip
+    tl.store(squares_ptr + program, squares * factor * factor)
+
+
+# -- launches ----------------------------------------------------------------------------------------------------------
+
+_FORWARD_TENSORS = ("x_ptr", "residual_ptr", "y_ptr", "mask_ptr")
+_BACKWARD_TENSORS = ("dy_ptr", "x_ptr", "residual_ptr", "mask_ptr", "dx_ptr", "dresidual_ptr")
+
+#: Of each kernel, the arguments that are tensors of x's size, or the mask. What is given is read or written in full,
+#: once; what is not needed is None. The kernel's units count these, not workspaces and per-channel tensors.
+TENSORS: dict[str, tuple[str, ...]] = {
+    "forward_statistics_kernel": ("x_ptr",),
+    "forward_apply_kernel": _FORWARD_TENSORS,
+    "forward_channel_kernel": _FORWARD_TENSORS,
+    "backward_reduce_kernel": _BACKWARD_TENSORS,
+    "backward_channel_kernel": _BACKWARD_TENSORS,
+    "backward_apply_kernel": _BACKWARD_TENSORS,
+    "backward_finish_kernel": (),
+    "input_gradient_kernel": _BACKWARD_TENSORS,
+}
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], options: dict[str, Any], **more: Any) -> Launch:
+    return Launch(kernel, grid, args, options, moved=TENSORS[kernel.__name__], **more)
+
+
+def units(launch: Launch) -> float:
+    """What a launch reads and writes in u; where it is conditional, if at all."""
+    if not launch.moved:
+        return 0.0
+    x = next(launch.args[name] for name in ("x_ptr", "dy_ptr") if launch.args.get(name) is not None)
+    return launch.bytes / (x.numel() * x.element_size())
 
 
 class Shape(NamedTuple):
@@ -848,22 +1130,39 @@ class Shape(NamedTuple):
         return self.num_outer if self.rows else self.num_outer * self.inner_size
 
 
+_ELEMENTS = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "half", torch.float16: "half"}
+
+
 def _cut(x: Tensor, shape: Shape, live: int) -> tuning.Blocks:
-    width = 0 if INTERPRETED else x.element_size()
-    return tuning.choose(shape.rows, width, shape.num_outer, shape.num_channels, shape.inner_size, live)
+    element = "interpreted" if INTERPRETED else _ELEMENTS[x.dtype]
+    return tuning.choose(shape.rows, element, shape.num_outer, shape.num_channels, shape.inner_size, live, LANES)
 
 
-def _common(x: Tensor, shape: Shape, blocks: tuning.Blocks) -> dict[str, Any]:
-    """What every kernel over elements takes beside its tensors. Contraction is off: it is written out as tl.fma."""
-    return {
-        "ROWS": shape.rows,
-        "RUNS": blocks.runs,
-        "INNER": blocks.inner,
-        "CHANNELS": blocks.channels,
-        "COMPUTE": tl.float64 if x.dtype == torch.float64 else tl.float32,
-        "num_warps": blocks.num_warps,
-        "enable_fp_fusion": False,
-    }
+class _Geometry(NamedTuple):
+    """The arguments and options of a launch that come from a tensor's shape and cut alone."""
+
+    sizes: dict[str, Any]
+    cut: dict[str, Any]
+    blocks: dict[str, Any]
+    options: dict[str, Any]
+
+
+def _geometry(x: Tensor, shape: Shape, blocks: tuning.Blocks) -> _Geometry:
+    return _Geometry(
+        sizes={
+            "num_outer": shape.num_outer, "num_channels": shape.num_channels, "inner_size": shape.inner_size,
+        },
+        cut={
+            "num_tiles": blocks.num_tiles, "tiles_per_split": blocks.tiles_per_split, "num_splits": blocks.num_splits,
+        },
+        blocks={
+            "ROWS": shape.rows, "RUNS": blocks.runs, "INNER": blocks.inner, "CHANNELS": blocks.channels,
+            "GROUP": blocks.group, "VECTOR": blocks.vector,
+            "ALIGN": math.gcd(shape.inner_size, 16),
+            "COMPUTE": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        },
+        options={"num_warps": blocks.num_warps, "enable_fp_fusion": False},  # contraction is written out as tl.fma
+    )  # fmt: skip
 
 
 def _slope_stride(activation_weight: Tensor | None) -> int:
@@ -871,11 +1170,11 @@ def _slope_stride(activation_weight: Tensor | None) -> int:
 
 
 def _splits_at_once(num_splits: int) -> int:
-    """How many splits a merge reads at once: with 32 channels 512 float64 values, a few a thread."""
-    return min(tuning.power_of_two(num_splits), 16)
+    """How many splits a merge reads at once: with 32 channels 1024 float64 values, four a thread of eight warps."""
+    return min(tuning.power_of_two(num_splits), 32)
 
 
-def forward(
+def forward_launches(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -891,44 +1190,42 @@ def forward(
     eps: float,
     activation: str,
     activation_args: tuple[float, ...],
-) -> None:
-    """Fill ``y`` and, where given, ``statistics`` (float64 (3, C)) and ``mask`` (uint8, one bit an element).
+) -> list[Launch]:
+    """What fills ``y`` and, where given, ``statistics`` (float64 (3, C)) and ``mask`` (uint8, one bit an element).
 
     Normalises by the running statistics if they are given, else by the batch's if ``statistics`` is, else not at all.
-    Tensors of x's size lie in memory as x does; parameters are contiguous.
+    Tensors of x's size lie in memory as x does; parameters are contiguous. Meta tensors give the launches alone.
     """
     functions = activations.TABLE[activation]
     over_batch = statistics is not None and running_mean is None
     blocks = _cut(x, shape, live=1 if over_batch else 0)
+    sizes, cut, block_sizes, options = _geometry(x, shape, blocks)
     grid = (blocks.programs,)
-    sizes = shape.num_outer, shape.num_channels, shape.inner_size
-    cut = blocks.num_tiles, blocks.tiles_per_split, blocks.num_splits
-    common = _common(x, shape, blocks)
-    epilogue = {
-        "SLOPE_STRIDE": _slope_stride(activation_weight),
-        "FORWARD": functions.forward,
-        "ON": functions.on if mask is not None else None,
-        "ARGS": activation_args,
-    }
-    with on_device(x.device):
-        if over_batch and blocks.resident:
-            forward_channel_kernel[grid](
-                x, residual, weight, bias, activation_weight, y, statistics, mask, eps, *sizes, shape.channel_size,
-                **epilogue, **common,
-            )  # fmt: skip
-            return
-        partials = None
-        if over_batch:
-            partials = x.new_empty((3, blocks.num_splits, shape.num_channels), dtype=torch.float64)
-            forward_statistics_kernel[grid](x, partials, *sizes, *cut, **common)
-        forward_apply_kernel[grid](
-            x, residual, weight, bias, running_mean, running_var, activation_weight, partials, y, statistics, mask,
-            eps, *sizes, *cut, shape.channel_size,
-            SPLITS=_splits_at_once(blocks.num_splits), **epilogue, **common,
-        )  # fmt: skip
+    apply = {
+        "x_ptr": x, "residual_ptr": residual, "weight_ptr": weight, "bias_ptr": bias, "slope_ptr": activation_weight,
+        "y_ptr": y, "statistics_ptr": statistics, "mask_ptr": mask, "eps": eps, **sizes,
+        "channel_size": shape.channel_size, "SLOPE_STRIDE": _slope_stride(activation_weight),
+        "FORWARD": functions.forward, "ON": functions.on if mask is not None else None, "ARGS": activation_args,
+        **block_sizes,
+    }  # fmt: skip
+    if over_batch and blocks.resident:
+        return [_launch(forward_channel_kernel, grid, apply, options)]
+    partials = None
+    launches = []
+    if over_batch:
+        partials = x.new_empty((2, blocks.num_splits, shape.num_channels), dtype=torch.float64)
+        statistics_args = {
+            "x_ptr": x, "partials_ptr": partials, **sizes, **cut, **block_sizes, "STAGES": blocks.stages,
+        }  # fmt: skip
+        launches.append(_launch(forward_statistics_kernel, grid, statistics_args, options))
+    apply |= {
+        "running_mean_ptr": running_mean, "running_var_ptr": running_var, "partials_ptr": partials, **cut,
+        "SPLITS": _splits_at_once(blocks.num_splits), "STAGES": blocks.apply_stages,
+    }  # fmt: skip
+    return [*launches, _launch(forward_apply_kernel, grid, apply, options)]
 
 
-def backward(
+def backward_launches(
     dy: Tensor,
     x: Tensor,
     residual: Tensor | None,
@@ -951,109 +1248,101 @@ def backward(
     activation_args: tuple[float, ...],
     min_norm: float,
     max_norm: float,
-) -> None:
-    """Fill the gradients that are not None and, if it is not None, the record (float64 (9,)).
+) -> list[Launch]:
+    """What fills the gradients that are not None and, if it is not None, the record (float64 (9,)).
 
     ``over_batch``: ``statistics`` are those of x itself. The record holds the norms of dx and, where the layer has
     them, of the weight's and the bias's gradients whether those gradients are wanted or not.
     """
     functions = activations.TABLE[activation]
     recorded = record is not None
-    norm_wanted = dx is not None or recorded
-    bounded = norm_wanted and (min_norm > 0 or max_norm < math.inf)
-    through_statistics = over_batch and norm_wanted
+    bounded = (dx is not None or recorded) and (min_norm > 0 or max_norm < math.inf)
     has_weight = dweight is not None or (recorded and weight is not None)
-    has_bias = dbias is not None or (recorded and bias is not None)
-    parameters = has_weight or has_bias or dactivation_weight is not None
-    blocks = _cut(x, shape, live=2 if through_statistics and not bounded else 0)
+    parameters = dweight is not None or dbias is not None or dactivation_weight is not None
+    two_passes = over_batch and dx is not None  # dx needs sums over all of dz
+    blocks = _cut(x, shape, live=2 if two_passes else 0)
+    two_passes &= not blocks.resident
+    one_launch = over_batch and dx is not None and blocks.resident
+    needs_sums = two_passes or one_launch or parameters or recorded or bounded
+    needs_xhat = needs_sums and (has_weight or (over_batch and (dx is not None or recorded)))
+    reads_z = mask is None and activation != "identity"
+    sizes, cut, block_sizes, options = _geometry(x, shape, blocks)
     grid = (blocks.programs,)
-    sizes = shape.num_outer, shape.num_channels, shape.inner_size
-    cut = blocks.num_tiles, blocks.tiles_per_split, blocks.num_splits
+
+    sums = None
+    if needs_sums:
+        rows = 5 if one_launch else 4
+        sums = x.new_empty((rows, blocks.num_splits, shape.num_channels), dtype=torch.float64)
+    tallies = x.new_empty((_NUM_TALLIES, blocks.programs), dtype=torch.float64) if recorded else None
+    channels = {
+        "statistics_ptr": statistics, "weight_ptr": weight, "bias_ptr": bias, "slope_ptr": activation_weight,
+        "sums_ptr": sums, "tallies_ptr": tallies,
+    }  # fmt: skip
+    derivative = {
+        "dy_ptr": dy, "residual_ptr": residual if reads_z else None, "mask_ptr": mask, **channels, **sizes,
+        "READS_Z": reads_z, "SLOPE_STRIDE": _slope_stride(activation_weight),
+        "BACKWARD": functions.backward, "ON": functions.on, "ARGS": activation_args, **block_sizes,
+    }  # fmt: skip
+    first = {
+        **derivative, "x_ptr": x if reads_z or needs_xhat else None,
+        "dx_ptr": None if two_passes else dx, "dresidual_ptr": None if two_passes else dresidual,
+        "WEIGHT_BACKWARD": functions.weight_backward if dactivation_weight is not None else None,
+    }  # fmt: skip
+    if one_launch:
+        launches = [
+            _launch(
+                backward_channel_kernel,
+                grid,
+                {**first, "channel_size": shape.channel_size, "NEEDS_NORM": recorded or bounded},
+                options,
+            ),
+        ]
+    else:
+        reduce = {**first, **cut, "NEEDS_XHAT": needs_xhat, "STAGES": blocks.stages}
+        launches = [_launch(backward_reduce_kernel, grid, reduce, options)]
+
     splits = _splits_at_once(blocks.num_splits)
-    epilogue = {
-        "SLOPE_STRIDE": _slope_stride(activation_weight),
-        "BACKWARD": functions.backward,
-        "ON": functions.on,
-        "ARGS": activation_args,
-        "READS_Z": mask is None and activation != "identity",
-        **_common(x, shape, blocks),
-    }
-    weight_backward = functions.weight_backward if dactivation_weight is not None else None
-    sums = tallies = factor = None
-    if through_statistics or parameters:
-        sums = x.new_empty((_NUM_SUMS, blocks.num_splits, shape.num_channels), dtype=torch.float64)
-    if recorded or bounded:
-        tallies = x.new_empty((_NUM_TALLIES, blocks.programs), dtype=torch.float64)
-    if bounded:
-        factor = x.new_empty((1,), dtype=torch.float64)
-    saved = dy, x, residual, mask, statistics, weight, bias, activation_weight
-
-    def reduce(dx, dresidual, sums, tallies, factor=None):
-        backward_reduce_kernel[grid](
-            *saved, factor, dx, dresidual, sums, tallies, *sizes, *cut,
-            DX_IS_SCALED_DZ=not over_batch,
-            WEIGHT_BACKWARD=weight_backward if sums is not None else None,
-            NEEDS_XHAT=sums is not None and (through_statistics or has_weight), **epilogue,
-        )  # fmt: skip
-
-    def apply(dx, dresidual, tallies, factor=None):
-        backward_apply_kernel[grid](
-            *saved, factor, dx, dresidual, sums, tallies, eps, *sizes, *cut, shape.channel_size,
-            SPLITS=splits, **epilogue,
-        )  # fmt: skip
-
-    def finish():
-        if parameters or tallies is not None:
-            backward_finish_kernel[(1,)](
-                sums, tallies, dweight, dbias, dactivation_weight, record, factor, min_norm, max_norm,
-                shape.num_channels, blocks.num_splits, blocks.programs, x.numel(),
-                HAS_WEIGHT=has_weight, HAS_BIAS=has_bias,
-                SHARED_SLOPE=dactivation_weight is not None and dactivation_weight.numel() == 1,
-                CHANNELS=_FINISH_CHANNELS, SPLITS=splits, PROGRAMS=_FINISH_PROGRAMS,
-                num_warps=8, enable_fp_fusion=False,
-            )  # fmt: skip
-
-    written = dx is not None or dresidual is not None
-    with on_device(x.device):
-        if blocks.resident:
-            backward_channel_kernel[grid](
-                *saved, dx, dresidual, sums, tallies, *sizes, shape.channel_size,
-                WEIGHT_BACKWARD=weight_backward, **epilogue,
-            )  # fmt: skip
-            finish()
-        elif through_statistics:
-            reduce(None, None, sums, tallies)
-            if bounded:
-                apply(None, None, tallies)
-                finish()
-                if written:
-                    apply(dx, dresidual, None, factor)
-            else:
-                apply(dx, dresidual, tallies)
-                finish()
-        elif bounded:
-            reduce(None, None, sums, tallies)
-            finish()
-            if written:
-                reduce(dx, dresidual, None, None, factor)
-        else:
-            reduce(dx, dresidual, sums, tallies)
-            finish()
+    finish_channels = min(tuning.power_of_two(shape.num_channels), _FINISH // splits)
+    finish = {
+        "sums_ptr": sums, "tallies_ptr": tallies, "statistics_ptr": statistics, "weight_ptr": weight,
+        "dweight_ptr": dweight, "dbias_ptr": dbias, "dslope_ptr": dactivation_weight, "record_ptr": record,
+        "eps": eps, "min_norm": min_norm, "max_norm": max_norm,
+        "num_channels": shape.num_channels, "num_splits": blocks.num_splits, "channel_size": shape.channel_size,
+        "num_programs": blocks.programs, "num_elements": x.numel(),
+        "OVER_BATCH": over_batch, "SUMMED": one_launch and (recorded or bounded), "BOUNDED": bounded,
+        "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None,
+        "SHARED_SLOPE": dactivation_weight is not None and dactivation_weight.numel() == 1,
+        "FINISH_CHANNELS": finish_channels, "FINISH_SPLITS": splits,
+    }  # fmt: skip
+    out_of_bounds = bounded and dx is not None and not two_passes
+    if two_passes or out_of_bounds:
+        elements = blocks.runs * blocks.inner
+        alone_runs, alone_inner = blocks.shrunk(4 if INTERPRETED else max(elements // _ALONE, 1), shape.rows)
+        apply = {
+            **derivative, **finish, **cut, "x_ptr": x if reads_z or over_batch else None,
+            "dx_ptr": dx, "dresidual_ptr": dresidual if two_passes else None,
+            "IF_OUT_OF_BOUNDS": out_of_bounds,
+            "ALONE_RUNS": alone_runs, "ALONE_INNER": alone_inner, "SPLITS": splits, "STAGES": blocks.apply_stages,
+        }  # fmt: skip
+        launches.append(
+            _launch(backward_apply_kernel, (1 + blocks.programs,), apply, options, conditional=out_of_bounds)
+        )
+    elif parameters or recorded:
+        finish_options = {"num_warps": 8, "enable_fp_fusion": False}
+        launches.append(_launch(backward_finish_kernel, (1,), finish, finish_options))
+    return launches
 
 
-def moments(x: Tensor, *, shape: Shape) -> Tensor:
-    """Of each channel's splits, float64 (3, num_splits, C): the count n, Σ(x − first) and Σ(x − mean)²."""
+def moments_launches(x: Tensor, *, shape: Shape) -> tuple[Tensor, list[Launch]]:
+    """(sums, launches): what fills each split's Σ(x − first) and Σ(x − first)², float64 (2, num_splits, C)."""
     blocks = _cut(x, shape, live=0)
-    partials = x.new_empty((3, blocks.num_splits, shape.num_channels), dtype=torch.float64)
-    with on_device(x.device):
-        forward_statistics_kernel[(blocks.programs,)](
-            x, partials, shape.num_outer, shape.num_channels, shape.inner_size,
-            blocks.num_tiles, blocks.tiles_per_split, blocks.num_splits, **_common(x, shape, blocks),
-        )  # fmt: skip
-    return partials
+    sizes, cut, block_sizes, options = _geometry(x, shape, blocks)
+    sums = x.new_empty((2, blocks.num_splits, shape.num_channels), dtype=torch.float64)
+    args = {"x_ptr": x, "partials_ptr": sums, **sizes, **cut, **block_sizes, "STAGES": blocks.stages}
+    return sums, [_launch(forward_statistics_kernel, (blocks.programs,), args, options)]
 
 
-def input_gradient(
+def input_gradient_launches(
     dy: Tensor,
     x: Tensor,
     residual: Tensor | None,
@@ -1069,23 +1358,20 @@ def input_gradient(
     shape: Shape,
     activation: str,
     activation_args: tuple[float, ...],
-) -> Tensor:
-    """Fill ``dx`` from the means of dz and dz·x̂, float64 (2, C), times ``factor``, (1,); returns ‖dx‖², (1,).
-
-    To ``backward_apply`` they are the sums over one split and a channel of one element; with Σdz² = 0 beside them its
-    closed form of the norm is never larger than 0, so that every channel's norm is summed up from dx.
-    """
+) -> tuple[Tensor, list[Launch]]:
+    """(squares, launches): what fills ``dx`` and, float64, each program's part of ‖dx‖²."""
     functions = activations.TABLE[activation]
+    reads_z = mask is None and activation != "identity"
     blocks = _cut(x, shape, live=0)
-    sums = x.new_zeros((_NUM_SUMS, 1, shape.num_channels), dtype=torch.float64)
-    sums[:2, 0] = means
-    tallies = x.new_empty((_NUM_TALLIES, blocks.programs), dtype=torch.float64)
-    with on_device(x.device):
-        backward_apply_kernel[(blocks.programs,)](
-            dy, x, residual, mask, statistics, weight, bias, activation_weight, factor, dx, None, sums, tallies, 0.0,
-            shape.num_outer, shape.num_channels, shape.inner_size, blocks.num_tiles, blocks.tiles_per_split, 1, 1,
-            READS_Z=mask is None and activation != "identity", SLOPE_STRIDE=_slope_stride(activation_weight),
-            BACKWARD=functions.backward, ON=functions.on, ARGS=activation_args, SPLITS=1,
-            **_common(x, shape, blocks),
-        )  # fmt: skip
-    return tallies[_TALLY_DX_SQ.value].sum().reshape(1)
+    sizes, cut, block_sizes, options = _geometry(x, shape, blocks)
+    squares = x.new_empty((blocks.programs,), dtype=torch.float64)
+    args = {
+        "dy_ptr": dy, "x_ptr": x, "residual_ptr": residual if reads_z else None, "mask_ptr": mask,
+        "statistics_ptr": statistics, "weight_ptr": weight, "bias_ptr": bias, "slope_ptr": activation_weight,
+        "means_ptr": means, "factor_ptr": factor, "dx_ptr": dx, "squares_ptr": squares, **sizes,
+        "num_tiles": cut["num_tiles"], "tiles_per_split": cut["tiles_per_split"],
+        "READS_Z": reads_z, "SLOPE_STRIDE": _slope_stride(activation_weight),
+        "BACKWARD": functions.backward, "ON": functions.on, "ARGS": activation_args,
+        **block_sizes, "STAGES": blocks.apply_stages,
+    }  # fmt: skip
+    return squares, [_launch(input_gradient_kernel, (blocks.programs,), args, options)]

@@ -14,10 +14,11 @@ __all__ = ["Launch", "launch", "on_device"]
 
 
 class Launch(NamedTuple):
-    """One launch of a kernel.
+    """One launch of a kernel: all that runs it, compiles it, or counts what it moves.
 
     ``args``: every argument by name: tensors (or None), numbers, constexprs. ``options``: ``num_warps``, ....
-    ``conditional``: whether it moves anything is decided on the device.
+    ``conditional``: whether it moves anything is decided on the device. ``moved``: which of its arguments are tensors
+    that it reads or writes in full, once; those of them that are None count for nothing.
     """
 
     kernel: Any
@@ -25,6 +26,17 @@ class Launch(NamedTuple):
     args: dict[str, Any]
     options: dict[str, Any]
     conditional: bool = False
+    moved: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    @property
+    def bytes(self) -> int:
+        """What it reads and writes of those tensors."""
+        tensors = [self.args[name] for name in self.moved if self.args.get(name) is not None]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def launch(launches: Sequence[Launch], device: torch.device) -> None:

@@ -4,22 +4,27 @@ A tensor is seen as ``num_outer`` × ``num_channels`` × ``inner_size``: planes 
 (channels_last: R = N·S rows whose inner axis *is* the channel axis). A tile is ``runs`` × ``inner`` elements: ``inner``
 neighbours (of a plane, or channels of a row) in each of ``runs`` planes or rows. A program owns ``channels`` channels,
 and of these one of ``num_splits`` parts: it walks ``tiles_per_split`` tiles, or keeps all it has in one.
+
+``vgkern tune`` times :func:`candidates` on the GPU at hand and prints rows in the form of :data:`TABLE`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-__all__ = ["TABLE", "Blocks", "Limits", "choose", "power_of_two"]
+__all__ = ["LARGE", "TABLE", "Blocks", "Limits", "candidates", "choose", "key", "power_of_two"]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """One row of the table: what the blocks of a layout and width may be.
+    """One row of the table: what the blocks of a layout, element and size class may be.
 
     ``inner``, ``elements``: of a tile that is walked, at most; ``resident``: elements that a program may keep in
     registers; ``programs``: how many are wanted; ``splits``: into how many parts a channel is cut at most; ``warp``:
-    elements of a tile per warp.
+    elements of a tile per 32 threads; ``stages``: of the loops that only read, tiles in flight and in work together;
+    ``apply_stages``: the same of the loops that write.
     """
 
     inner: int
@@ -28,49 +33,95 @@ class Limits:
     programs: int
     splits: int
     warp: int
+    stages: int
+    apply_stages: int
+    reason: str = ""
 
 
-# By layout and width, the bytes of an element of x. On CUDA and ROCm alike:
-# * 256 elements a warp are 8 a thread of 32: one or two 16-byte loads a tensor. For sm_80 ptxas gives backward_reduce,
-#   which keeps dy, x, dz and float64 products of them, 105 to 112 registers in planes; with 16 a thread it was 174 and
-#   more, which leaves a multiprocessor one program. float64 takes two registers an element: half of everything.
-# * 8192 resident elements are 16 a thread of 16 warps, where forward_channel takes 118 of the 128 registers that there
-#   are (gelu); backward_channel, which keeps two tensors, spilled at that size and gets half.
-# * 1024 programs are some eight for each multiprocessor of the largest devices, which evens out the tail. The number is
-#   fixed, so that the bits of a result do not depend on the size of the device.
-# * 128 splits: each program of the pass that follows reads the partial sums of all of them.
-TABLE: dict[tuple[str, int], Limits] = {
-    # A tile is a stretch of one plane, or several planes where these are short.
-    ("planes", 2): Limits(2048, 2048, 8192, 1024, 128, 256),
-    ("planes", 4): Limits(2048, 2048, 8192, 1024, 128, 256),
-    ("planes", 8): Limits(1024, 1024, 4096, 1024, 128, 128),
-    # 64 to 128 neighbouring bytes, whole 32-byte sectors. Wider tiles would leave a layer of 64 channels, where
-    # activations are largest, with too few programs or too many splits to merge.
-    ("rows", 2): Limits(32, 2048, 8192, 1024, 128, 256),
-    ("rows", 4): Limits(32, 2048, 8192, 1024, 128, 256),
-    ("rows", 8): Limits(16, 1024, 4096, 1024, 128, 128),
-    # Width 0 is the interpreter, where a tile costs milliseconds and an element nanoseconds: few and large.
-    ("planes", 0): Limits(65536, 65536, 131072, 2, 8, 65536),
-    ("rows", 0): Limits(256, 65536, 131072, 2, 8, 65536),
+#: Elements of x from which a tensor is "large": 16 MiB of float32. Below, much of what a layer reads and writes stays
+#: in the L2 cache of an A100 or H100 (40, 50 MB), and a kernel takes ten microseconds or so.
+LARGE = 2**22
+
+_FEW = "stays in L2, where what counts is latency: half the programs, and sums that the next launch merges in one step"
+
+# By layout, element and size class; the same on CUDA and ROCm, and whatever the device, so that the bits of a result do
+# not depend on it. Beyond each row's reason:
+# * 128 float32 or 256 halves a warp are one 16-byte load a thread of 32 and tensor. Twice that gave backward_reduce of
+#   float32, for sm_90, 138 (planes) and 160 registers (rows) in place of 90 and 121.
+# * 8192 resident elements are 16 a thread of 16 warps: forward_channel keeps one tensor of that size in registers,
+#   backward_channel two of half of it. float64 takes two registers an element: half of everything.
+# * Every program of the pass that follows reads the partial sums of all splits of its channels, from L2: in all
+#   C·splits²·16 bytes. In planes 1024 programs, some eight for each multiprocessor of the largest devices, are 16
+#   splits of 64 channels: nothing. In rows, whose programs own 32 channels, as many would be 128 splits and up to 43 %
+#   of what x, residual and y are (256 channels of 56 × 56 halves, batch 32): 256 programs and 64 splits make it 3 %,
+#   and 11 % at worst (64 channels).
+# * The float64 sums of backward_reduce fill registers. For sm_90 it takes 90 to 102 in planes and 121 in rows: two
+#   programs of eight warps a multiprocessor, occupancy 25 %. In rows of halves, where a thread has eight channels, it
+#   is 200: one program, 12 %. So bytes in flight come from stages, by asynchronous copies to shared memory that cost no
+#   register: 24 and (rows of halves) 32 KB of two tensors a program.
+# * In planes, loops that write have an occupancy of 50 % and more without stages (with three, ptxas spilled
+#   backward_apply of float32); in rows it is 25 to 50 %, and stages help.
+TABLE: dict[tuple[str, str, str], Limits] = {
+    ("planes", "float32", "large"): Limits(
+        1024, 1024, 8192, 1024, 128, 128, 4, 1, "a stretch of one plane, one 16-byte load a thread and tensor"
+    ),
+    ("planes", "float32", "small"): Limits(1024, 1024, 8192, 512, 32, 128, 4, 1, _FEW),
+    ("planes", "half", "large"): Limits(
+        2048, 2048, 8192, 1024, 128, 256, 4, 1, "the same: one 16-byte load, twice the elements"
+    ),
+    ("planes", "half", "small"): Limits(2048, 2048, 8192, 512, 32, 256, 4, 1, _FEW),
+    ("planes", "float64", "large"): Limits(
+        1024, 1024, 4096, 1024, 128, 128, 3, 1, "two registers an element: half of float32"
+    ),
+    ("planes", "float64", "small"): Limits(1024, 1024, 4096, 512, 32, 128, 3, 1, _FEW),
+    ("rows", "float32", "large"): Limits(
+        32, 1024, 8192, 256, 64, 128, 4, 3, "128 neighbouring bytes; wider leaves 64 channels with too few programs"
+    ),
+    ("rows", "float32", "small"): Limits(32, 1024, 8192, 128, 32, 128, 4, 3, _FEW),
+    ("rows", "half", "large"): Limits(
+        32, 2048, 8192, 256, 64, 256, 5, 3, "64 neighbouring bytes, two whole sectors; wider leaves too few programs"
+    ),
+    ("rows", "half", "small"): Limits(32, 2048, 8192, 128, 32, 256, 5, 3, _FEW),
+    ("rows", "float64", "large"): Limits(16, 1024, 4096, 256, 64, 128, 3, 3, "128 neighbouring bytes, as float32"),
+    ("rows", "float64", "small"): Limits(16, 1024, 4096, 128, 32, 128, 3, 3, _FEW),
+    **{
+        (layout, "interpreted", size): Limits(
+            inner, 65536, 131072, 2, 8, 65536, 1, 1, "a tile costs milliseconds, an element nanoseconds: few and large"
+        )
+        for layout, inner in (("planes", 65536), ("rows", 256))
+        for size in ("small", "large")
+    },
 }
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The cut of one tensor; ``runs``, ``inner`` and ``channels`` (of a program) are powers of two.
+    """The cut of one tensor; sizes of blocks are powers of two, ``channels`` are a program's.
 
-    ``resident``: one tile holds all elements of a program's channels.
+    ``vector``: elements of 16 bytes. ``group``: how many elements of a channel one thread holds side by side (planes)
+    or in rows far apart (rows): their sum needs no other thread. ``resident``: one tile holds all elements of a
+    program's channels.
     """
 
     runs: int
     inner: int
     channels: int
+    group: int
+    vector: int
     num_tiles: int
     tiles_per_split: int
     num_splits: int
     programs: int
     num_warps: int
+    stages: int
+    apply_stages: int
     resident: bool
+
+    def shrunk(self, divisor: int, rows: bool) -> tuple[int, int]:
+        """(runs, inner) of a tile of the same channels and ``divisor`` times fewer elements, as far as it has them."""
+        outer = self.runs if rows else self.runs // self.channels
+        by = min(outer, divisor)
+        return self.runs // by, self.inner if rows else max(self.inner * by // divisor, 8)
 
 
 def power_of_two(n: int) -> int:
@@ -82,13 +133,22 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def choose(rows: bool, width: int, num_outer: int, num_channels: int, inner_size: int, live: int) -> Blocks:
+def key(rows: bool, element: str, num_elements: int) -> tuple[str, str, str]:
+    """The key of :data:`TABLE` for a tensor of that many elements."""
+    return "rows" if rows else "planes", element, "large" if num_elements >= LARGE else "small"
+
+
+def choose(
+    rows: bool, element: str, num_outer: int, num_channels: int, inner_size: int, live: int, lanes: int = 32
+) -> Blocks:
     """Cut a tensor of ``num_outer`` × ``num_channels`` × ``inner_size`` (rows: ``inner_size`` = ``num_channels``).
 
-    ``width``: bytes of an element of x, or 0 under the interpreter. ``live``: how many tensors the pass would have to
-    keep in registers to read each of them once; 0 for a pass that gains nothing by that.
+    ``element``: "half", "float32", "float64", or "interpreted". ``live``: how many tensors the pass would have to keep
+    in registers to read each of them once; 0 for a pass that gains nothing by that. ``lanes``: threads of a warp.
     """
-    limits = TABLE["rows" if rows else "planes", width]
+    num_elements = num_outer * inner_size * (1 if rows else num_channels)
+    limits = TABLE[key(rows, element, num_elements)]
+    vector = {"float32": 4, "float64": 2}.get(element, 8)  # elements of a 16-byte load
     outer = power_of_two(num_outer)
     inner = max(power_of_two(inner_size), 8)  # 8: the bits of a mask are packed along the inner axis
     if rows:
@@ -110,7 +170,22 @@ def choose(rows: bool, width: int, num_outer: int, num_channels: int, inner_size
     wanted = max(min(num_tiles, limits.programs // num_blocks, limits.splits), 1)
     tiles_per_split = _cdiv(num_tiles, wanted)
     num_splits = _cdiv(num_tiles, tiles_per_split)
-    num_warps = min(max(power_of_two(runs * inner // limits.warp), 4), 16)
+    num_warps = min(max(power_of_two(runs * inner // limits.warp), 4), 16) * 32 // lanes
+    group = min(max(runs * inner // (num_warps * lanes * vector), 1), runs) if rows else vector
     return Blocks(
-        runs, inner, channels, num_tiles, tiles_per_split, num_splits, num_blocks * num_splits, num_warps, resident
-    )
+        runs, inner, channels, group, vector, num_tiles, tiles_per_split, num_splits, num_blocks * num_splits,
+        num_warps, limits.stages, limits.apply_stages, resident,
+    )  # fmt: skip
+
+
+def candidates(row: tuple[str, str, str]) -> Iterator[Limits]:
+    """What ``vgkern tune`` tries for a row of the table, the row itself first."""
+    limits = TABLE[row]
+    yield limits
+    for larger, warp, programs, stages in itertools.product((1, 2), (1, 2), (1, 2), (0, 1)):
+        if (larger, warp, programs, stages) != (1, 1, 1, 0):
+            yield replace(
+                limits, inner=limits.inner * larger, elements=limits.elements * larger, warp=limits.warp * warp,
+                programs=limits.programs // programs, splits=limits.splits // programs,
+                stages=limits.stages + stages, apply_stages=limits.apply_stages + stages, reason="",
+            )  # fmt: skip

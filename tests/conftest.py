@@ -55,3 +55,17 @@ def device(request) -> str:
     """Where a test of the forced backend computes: triton on the GPU if there is one, else interpreted on the CPU."""
     backend = request.getfixturevalue("backend") if "backend" in request.fixturenames else None
     return "cuda" if backend == "triton" and HAS_GPU else "cpu"
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Cuts every tensor into many tiles, programs and splits; called with arguments, into others."""
+    from triton_problems import small_limits
+    from vgkern.kernels import tuning
+
+    def use(**limits) -> None:
+        for row in list(tuning.TABLE):
+            monkeypatch.setitem(tuning.TABLE, row, small_limits(row, **limits))
+
+    use()
+    return use

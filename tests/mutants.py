@@ -41,10 +41,15 @@ class Verdict:
     trouble: str = ""  # a test that failed with the fault, and without it too
 
 
-NORMS = "kernels/gradient_norm.py"
+BATCH_NORM, NORMS = "kernels/batch_norm.py", "kernels/gradient_norm.py"
 MONITOR = "vgkern/gradients/monitor.py"
 CPU, CPU_NORMS = "csrc/batch_norm.cpp", "csrc/gradient_norm.cpp"
+KERNELS = "tests/test_triton_kernels.py|many_tiles or accuracy_does or offsets_reach or halves_are or not_wanted"
+CANCELS = "tests/test_triton_kernels.py|gradient_that_cancels and 0.0001"
+GUARDS = "tests/test_triton_traffic.py|outside"
+TRAFFIC = "tests/test_triton_traffic.py|bytes"
 RECORD = "tests/test_grad_record.py|triton and (every_field or dead_fraction or root_mean)"
+BOUNDS = "tests/test_grad_norm_bounds.py|triton and (lies_within or accept)"
 GRADIENTS = "tests/test_gradient_norms.py|triton"
 CPU_KERNELS = "tests/test_cpu_kernels.py"
 SYNC = "tests/test_sync_batch_norm.py"
@@ -56,6 +61,70 @@ HOT = "vgkern/gradients/hot_norms.py"
 FUSION, FUSE = "vgkern/fusion/", "tests/test_fuse.py"
 
 FAULTS = [
+    # -- Triton: memory
+    Fault("a load without its mask", BATCH_NORM,
+          "        x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(COMPUTE)\n        _activate(",
+          "        x = tl.load(x_ptr + offset).to(COMPUTE)\n        _activate(", GUARDS),
+    Fault("a store without its mask", BATCH_NORM,
+          "_store(y_ptr + offset, FORWARD(z, affine[5], ARGS), inside)",
+          "_store(y_ptr + offset, FORWARD(z, affine[5], ARGS), None)", GUARDS),
+    Fault("a channel's value read past the last channel", BATCH_NORM,
+          "tl.load(ptr + channel * STRIDE, mask=present, other=0.0)", "tl.load(ptr + channel * STRIDE)", GUARDS),
+    Fault("partial sums written past the last channel", BATCH_NORM,
+          "num_splits * row) + channel, values, mask=present)", "num_splits * row) + channel, values)", GUARDS),
+    Fault("strides of batch and channel swapped", BATCH_NORM,
+          "run = outer * num_channels + channel", "run = channel * num_outer + outer", KERNELS),
+    Fault("a row's number in 32 bits", BATCH_NORM,
+          "run = tl.cast(tile, tl.int64) * RUNS", "run = tile * RUNS", KERNELS),
+    Fault("x read where the mask suffices", BATCH_NORM,
+          '"x_ptr": x if reads_z or needs_xhat else None', '"x_ptr": x', TRAFFIC),
+    # -- Triton: forward
+    Fault("biased running variance", BATCH_NORM,
+          "rstd, squares / (channel_size - 1))", "rstd, squares / channel_size)", KERNELS),
+    Fault("a wrong count in the mean", BATCH_NORM,
+          "offset = total / channel_size", "offset = total / (channel_size + 1)", KERNELS),
+    Fault("the last split's sums skipped", BATCH_NORM,
+          "inside = (split < num_splits)[:, None] & present[None, :]\n        first_total",
+          "inside = (split < tl.maximum(num_splits - 1, 1))[:, None] & present[None, :]\n        first_total", KERNELS),
+    Fault("no epsilon", BATCH_NORM,
+          "tl.sqrt(squares / channel_size + eps)", "tl.sqrt(squares / channel_size)", KERNELS),
+    Fault("squares not taken about the mean", BATCH_NORM,
+          "squares = squares - total * offset", "squares = squares + 0.0 * offset", KERNELS),
+    Fault("a mean of one part", BATCH_NORM, "centred = (x - mean_hi) - mean_lo", "centred = x - mean_hi", KERNELS),
+    Fault("the residual added twice", BATCH_NORM,
+          "            shift = shift + residual\n", "            shift = shift + residual + residual\n", KERNELS),
+    Fault("statistics never written", BATCH_NORM,
+          "present, num_channels, split == 0\n", "present, num_channels, split < 0\n", KERNELS),
+    Fault("an infinite first element as the origin", BATCH_NORM,
+          'return tl.where(tl.abs(value) < float("inf"), value, 0.0)', "return value", "tests/test_values.py|triton"),
+    Fault("bits of the mask in reverse", BATCH_NORM,
+          "eights << tl.arange(0, 8)[None, None, :]", "eights << (7 - tl.arange(0, 8))[None, None, :]", KERNELS),
+    Fault("bfloat16 rounded half up", BATCH_NORM,
+          "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16", "(bits + 0x8000) >> 16", KERNELS),
+    # -- Triton: backward
+    Fault("no dβ/m in dx", BATCH_NORM, "d = (dz - mean_hi) - mean_lo\n", "d = dz\n", KERNELS),
+    Fault("no dγ/m in dx", BATCH_NORM, "-(centred * power) * slope", "-(centred * 0.0) * slope", KERNELS),
+    Fault("the wrong sign of dγ/m", BATCH_NORM, "-(centred * power) * slope", "(centred * power) * slope", KERNELS),
+    Fault("dγ of x and not of x̂", BATCH_NORM,
+          "_channel_sums(dz_centred, ROWS, CHANNELS) * rstd", "_channel_sums(dz_centred, ROWS, CHANNELS)", KERNELS),
+    Fault("dγ about zero and not the mean", BATCH_NORM,
+          "wide * (x.to(tl.float64) - mean)", "wide * x.to(tl.float64)", KERNELS),
+    Fault("the wrong sign of 1 − κ in the norm", BATCH_NORM,
+          "(1.0 + excess) * dz_xhat", "(1.0 - excess) * dz_xhat", RECORD),
+    Fault("elements outside the tensor counted as dead", BATCH_NORM,
+          "affine[5], ARGS) == 0) & inside", "affine[5], ARGS) == 0)", RECORD),
+    Fault("an upper bound that does not bound", BATCH_NORM,
+          "tl.where(norm > max_norm, max_norm, bound)", "tl.where(norm > max_norm, norm, bound)", BOUNDS),
+    Fault("the closed form where it cancels", BATCH_NORM, "tl.constexpr(2.0**-10)", "tl.constexpr(2.0**-60)", CANCELS),
+    Fault("the closed form of a dx that was summed up", BATCH_NORM,
+          '"SUMMED": one_launch and (recorded or bounded)', '"SUMMED": False', CANCELS),
+    Fault("channels left out by the program that works alone", BATCH_NORM,
+          "for block in range((num_channels + CHANNELS - 1) // CHANNELS)",
+          "for block in range(num_channels // CHANNELS)", CANCELS),
+    Fault("programs beside the one that works alone", BATCH_NORM,
+          "last = tl.where(_cancels(dx_sq, scaled_sq), first, last)", "last = last", CANCELS),
+    Fault("a second launch that always writes", BATCH_NORM,
+          "last = tl.where(factor == 1.0, first, last)", "last = last", TRAFFIC),
     # -- Triton: norms of lists
     Fault("neighbours before a tensor counted", NORMS,
           "mask=(place >= lead) & (place < end), other=0.0", "mask=place < end, other=0.0", GRADIENTS),
@@ -139,6 +208,9 @@ FAULTS = [
     Fault("the activation of a converted layer", "vgkern/batch_norms.py",
           "        new.__dict__.clear()\n", "        pass\n", SYNC),
     # -- Python
+    Fault("a tile left out of the cut", "kernels/tuning.py",
+          "num_splits = _cdiv(num_tiles, tiles_per_split)", "num_splits = max(num_tiles // tiles_per_split, 1)",
+          "tests/test_triton_kernels.py|test_a_cut"),
     Fault("momentum the wrong way round", "vgkern/backends/reference.py",
           "running_var.lerp_(var, factor)", "running_var.lerp_(var, 1 - factor)", "tests/test_layers.py"),
     Fault("the gain upside down", "vgkern/gradients/record.py", "gain=input_ / output", "gain=output / input_", RECORD),

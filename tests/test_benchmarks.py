@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
+import dataclasses
+import functools
 import io
 import json
 import math
 import os
+import types
 
 import pytest
 import torch
 
 import vgkern
-from benchmarks import clip, competitors, environment, figure, floor, micro, monitor, report, resnet50, tcmalloc, timing
+from benchmarks import (
+    clip,
+    competitors,
+    environment,
+    figure,
+    floor,
+    libraries,
+    micro,
+    monitor,
+    report,
+    resnet50,
+    tcmalloc,
+    timing,
+)  # fmt: skip
 from benchmarks.__main__ import main
 from benchmarks.competitors import VARIANTS, Contest, measure
 from benchmarks.floor import Roof, floor_bytes
@@ -76,6 +93,77 @@ def test_what_a_variant_returns_is_freed_outside_the_clock(monkeypatch):
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
     assert interleave({"a": run}, rounds=3, warmup=1)["a"].seconds == (1.0, 1.0, 1.0)
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """A GPU's clock without one: events that read a counter, which calls and flushes move. Yields what happened."""
+    log, now = [], [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+            self.at = now[0]
+            now[0] += 1.0  # a millisecond, which is measured with the call
+
+        def synchronize(self):
+            log.append("synchronize")
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    class Rest:
+        def zero_(self):
+            log.append("flush")
+            now[0] += 1000.0
+
+    def call(name, milliseconds):
+        log.append(name)
+        now[0] += milliseconds
+        return name
+
+    monkeypatch.setattr(timing.torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing.torch.cuda, "device", contextlib.nullcontext)
+    empty = torch.empty
+    monkeypatch.setattr(timing.torch, "empty", lambda *a, **k: Rest() if a == (2**29,) else empty(*a, **k))
+    return log, call
+
+
+def test_on_a_gpu_its_own_time_is_taken_and_the_cache_flushed_before(fake_gpu):
+    log, call = fake_gpu
+    variants = {name: functools.partial(call, name, time) for name, time in (("a", 2.0), ("b", 3.0))}
+    timings = interleave(variants, rounds=2, warmup=1, device="cuda")
+    assert {name: timing.seconds for name, timing in timings.items()} == {"a": (3e-3,) * 2, "b": (4e-3,) * 2}
+    turn = [step for name in "ab" for step in ("flush", "record", name, "record", "synchronize")]
+    assert log == turn * 3
+
+
+def test_a_gpu_s_roof_is_what_a_copy_reaches(fake_gpu, monkeypatch):
+    _, call = fake_gpu
+    monkeypatch.setattr(timing, "clock_of", timing.gpu_clock)
+    monkeypatch.setattr(floor, "ROOF_SIZES", (2**10, 2**20))
+    copy = torch.Tensor.copy_
+
+    def timed(self, source):
+        call("copy", 4.0)
+        return copy(self, source)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", timed)
+    assert floor.measure_copies("cpu").points == tuple((size, size / 5e-3) for size in floor.ROOF_SIZES)
+
+
+def test_micro_runs_by_a_gpu_s_clock(fake_gpu, benchmarks, tmp_path, monkeypatch):
+    log, _ = fake_gpu
+    monkeypatch.setattr(timing, "clock_of", timing.gpu_clock)
+    monkeypatch.setattr(floor, "measure_roof", floor.measure_copies)
+    command = ("micro", "custom", "2,3,4,5", "--competitors", "eager", "--rounds", 2, "--out", tmp_path)
+    assert benchmarks(*command) == 0
+    assert log.count("flush") == log.count("synchronize") == 2 * 2 * 5 + 2 * 2 * 10  # and the roof, twice
+    (forward, backward) = rows_of(tmp_path / "micro.csv")
+    assert float(forward["vgkern_ms"]) == float(backward["eager_ms"]) == 1.0
 
 
 def test_speedup_is_taken_round_by_round():
@@ -229,6 +317,49 @@ def test_measuring_times_every_variant_in_both_directions(monkeypatch):
         assert set(timings[direction]) == {"vgkern", "eager", "compile", "recorded", "unrecorded"}
         assert all(len(timing.seconds) == 2 for timing in timings[direction].values())
     assert len(contest.recording()["recorded"].leaves) == len(contest.recording()["unrecorded"].leaves) + 1
+
+
+class _Stub(torch.nn.BatchNorm2d):
+    """The three libraries' layers, as far as ``benchmarks.libraries`` calls them."""
+
+    def __init__(self, channels, fuse_relu=None, activation=None, activation_param=None, act_func=None, device=None):
+        super().__init__(channels)
+        self.activation, self.rows = activation or act_func or "relu", fuse_relu is not None
+
+    def forward(self, x, residual=None):
+        if self.rows:
+            x, residual = (None if t is None else t.permute(0, 3, 1, 2) for t in (x, residual))
+        y = super().forward(x)
+        y = getattr(torch.nn.functional, self.activation)(y if residual is None else y + residual)
+        return y.permute(0, 2, 3, 1) if self.rows else y
+
+
+LIBRARY_CASES = [
+    ("apex", "apex.contrib.groupbn", "BatchNorm2d_NHWC", Configuration(TINY, "float16", "channels_last", "relu")),
+    ("inplace_abn", "inplace_abn", "InPlaceABN", Configuration(TINY, "float32", "contiguous", "leaky_relu", False)),
+    ("attorch", "attorch", "BatchNorm2d", Configuration(TINY, "float32", "contiguous", "relu")),
+]
+
+
+@pytest.mark.parametrize(("name", "module", "kind", "configuration"), LIBRARY_CASES, ids=lambda value: str(value)[:12])
+def test_a_library_that_is_installed_is_timed_where_it_fits(name, module, kind, configuration, monkeypatch):
+    contest = Contest(configuration)
+    assert list(contest.variants([name])) == ["vgkern"]  # on the CPU
+    contest.device = "cuda"
+    with monkeypatch.context() as absent:
+        absent.setattr(libraries.importlib.util, "find_spec", lambda top: None)
+        assert list(contest.variants([name])) == ["vgkern"]
+    monkeypatch.setattr(libraries.importlib.util, "find_spec", lambda top: top)
+    monkeypatch.setattr(libraries.importlib, "import_module", {module: types.SimpleNamespace(**{kind: _Stub})}.get)
+    variants = contest.variants([name])
+    assert list(variants) == ["vgkern", name]
+    outputs = [variants[which].forward() for which in ("vgkern", name)]
+    torch.testing.assert_close(*outputs, check_dtype=False, rtol=1e-2, atol=1e-2)
+    gradients = [variants[which].backward(contest.dy)() for which in ("vgkern", name)]
+    for ours, theirs in zip(*gradients, strict=False):
+        torch.testing.assert_close(ours, theirs, check_dtype=False, rtol=2e-2, atol=2e-2)
+    contest.configuration = dataclasses.replace(configuration, activation="mish")
+    assert list(contest.variants([name])) == ["vgkern"]
 
 
 def test_recording_can_be_off():

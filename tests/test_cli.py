@@ -26,7 +26,7 @@ def test_help_and_version_need_no_command():
     assert (done.returncode, done.stdout) == (0, f"vgkern {vgkern.__version__}\n")
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["demo"], ["verify"], ["doctor"]])
+@pytest.mark.parametrize("command", [[], ["info"], ["demo"], ["verify"], ["doctor"], ["tune"]])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])

@@ -52,7 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vgkern {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, add in {"info": _add_info, "demo": _add_demo, "verify": _add_verify, "doctor": _add_doctor}.items():
+    added = {
+        "info": _add_info, "demo": _add_demo, "verify": _add_verify, "doctor": _add_doctor, "tune": _add_tune,
+    }  # fmt: skip
+    for name, add in added.items():
         add(commands, name)
     return parser
 
@@ -103,7 +106,8 @@ def _add_demo(commands: Any, name: str) -> None:
 def _add_verify(commands: Any, name: str) -> None:
     parser = _add(
         commands, name, _verify, "check the fused layers on this machine against float64 autograd",
-        "The cases that vgkern's own tests run; a case fails where the error exceeds PyTorch's own in the same dtype.",
+        "The cases that vgkern's own tests run; a case fails where the error exceeds PyTorch's own in the same dtype. "
+        "In Triton's interpreter (TRITON_INTERPRET=1) float16 is left out unless --full is given.",
     )  # fmt: skip
     parser.add_argument(
         "--backend", choices=("cpu", "triton", "reference"), default=argparse.SUPPRESS,
@@ -145,6 +149,17 @@ def _shape(text: str) -> tuple[int, ...]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected sizes such as 32,3,224,224, got {text!r}") from None
     return sizes
+
+
+def _add_tune(commands: Any, name: str) -> None:
+    parser = _add(
+        commands, name, _tune, "time the Triton kernels' block sizes on this GPU",
+        "Prints rows in the form of the table in kernels/tuning.py, each with its reason; a row that no candidate "
+        "beats by 2 % stays as it is. Takes minutes and changes nothing: a pinned table is what makes a result's bits "
+        "independent of the GPU's size.",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ...")
+    parser.add_argument("--out", metavar="FILE", default=argparse.SUPPRESS, help="write the rows to FILE")
 
 
 def _info(json_path: str | None = None) -> int:
@@ -189,6 +204,18 @@ def _doctor(json_path: str | None = None, **options: Any) -> int:
 
     progress = functools.partial(_bar, noun="steps") if sys.stderr.isatty() else None
     return command.main(json_path=json_path, progress=progress, **options)
+
+
+def _tune(device: str, out: str | None = None) -> int:
+    from . import tune
+
+    tune.check_device(device)
+    rows = tune.render(tune.tune(device, progress=lambda line: print(line, file=sys.stderr, flush=True)))
+    if out is None:
+        print(rows)
+    else:
+        Path(out).write_text(rows + "\n")
+    return 0
 
 
 def _bar(done: int, total: int, noun: str = "cases") -> None:

@@ -266,7 +266,7 @@ def verify(
     Args:
         backend: ``"cpu"``, ``"triton"`` or ``"reference"``; by default all that are usable here.
         full: also other shapes, float32 parameters beside half-precision data, no affine parameters, a mean of 1e4,
-            and other arguments of the activations.
+            and other arguments of the activations; and float16 in Triton's interpreter.
         activations: only these.
         progress: called as ``progress(done, total)`` after each case.
 
@@ -288,7 +288,7 @@ def verify(
         chosen = [backend]
         with backends.use(backend):
             pass
-    todo = [(name, case) for name in chosen for case in cases(names, full=full)]
+    todo = [(name, case) for name in chosen for case in cases(names, full=full) if full or not _is_left_out(name, case)]
     start = time.perf_counter()
     results = []
     for done, (name, case) in enumerate(todo, start=1):
@@ -299,6 +299,11 @@ def verify(
         if progress:
             progress(done, len(todo))
     return VerifyReport(tuple(results), time.perf_counter() - start, skipped)
+
+
+def _is_left_out(backend: str, case: Case) -> bool:
+    """float16 in Triton's interpreter, which takes a tenth of a second a case; bfloat16 stands for it."""
+    return backend == "triton" and not torch.cuda.is_available() and case.dtype == "float16"
 
 
 def _activation_names(given: Sequence[str] | None) -> tuple[str, ...]:

@@ -1,0 +1,77 @@
+"""What the audit holds against the kernels: the bars, and the reasons that may stand in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .targets import TARGETS
+
+#: Kernels whose occupancy says nothing, or is the price of something worth more.
+REASONS = {
+    "backward_finish": "one program: it has a multiprocessor to itself",
+    "norm_merge": "a few small programs, which wait for one another's latency and not for bandwidth",
+    "forward_channel": "keeps the channel in registers, which saves a read of x",
+    "backward_channel": "keeps the channel in registers, which saves a read of x and of dy",
+}
+#: Kernels that read a tensor's first and last tile masked, element by element: their widest access is the usual one.
+RAGGED = {"norm_partial", "gradient_scale"}
+
+TRAFFIC_TOLERANCE = 0.02
+OCCUPANCY = 0.5
+LAUNCHES = 2
+
+
+def reason(row: Mapping[str, Any]) -> str:
+    """Why a specialisation may have less than half of the warps; empty if there is none."""
+    if row["kernel"] in REASONS:
+        return REASONS[row["kernel"]]
+    needed = TARGETS[row["target"]].needed_in_flight
+    if row["bytes_in_flight"] >= needed:
+        return f"{row['bytes_in_flight'] / 1024:.0f} KB in flight, {needed / 1024:.0f} KB keep memory busy"
+    return ""
+
+
+def narrow(row: Mapping[str, Any]) -> bool:
+    """Whether a load or store of a tensor is narrower than its alignment allows."""
+    pick = max if row["kernel"] in RAGGED else min
+    return any(pick(row[name]) < row["aligned_bytes"] for name in ("load_bytes", "store_bytes") if row[name])
+
+
+def of_code(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    found = []
+    for row in rows:
+        who = f"{row['target']} {row['kernel']} {row['dtype']} {row['layout']} {row['block']} ({row['users'][0]})"
+        if row["spills"]:
+            found.append(f"{who}: spills {row['spills']} times")
+        if narrow(row):
+            found.append(
+                f"{who}: loads {row['load_bytes']} and stores {row['store_bytes']} bytes, "
+                f"alignment allows {row['aligned_bytes']}"
+            )
+        if row["occupancy"] < OCCUPANCY and not reason(row):
+            found.append(
+                f"{who}: occupancy {row['occupancy']:.0%} by {row['limited_by']}, "
+                f"{row['bytes_in_flight'] / 1024:.0f} KB in flight"
+            )
+    return found
+
+
+def of_traffic(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    found = []
+    for row in rows:
+        off = abs(row["counted_bytes"] - row["stated_bytes"])
+        if off > TRAFFIC_TOLERANCE * row["stated_bytes"]:
+            found.append(
+                f"{row['kernel']} {row['dtype']} {row['layout']} {row['layer']}: states {row['stated_bytes']} bytes, "
+                f"moves {row['counted_bytes']}"
+            )
+    return found
+
+
+def of_launches(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    return sorted({
+        f"{row['layer']} {row['direction']}: {row['vgkern_launches']} launches"
+        for row in rows
+        if row["vgkern_launches"] > LAUNCHES
+    })  # fmt: skip
