@@ -264,9 +264,7 @@ def test_a_small_audit(tmp_path):
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode in (0, 1), result.stderr[-3000:]
-    # Known: three registers of backward_reduce in bfloat16, with AMD's warps of 64.
-    spilling = [line for line in result.stderr.splitlines() if "spills" in line]
-    assert all(line.startswith("gfx942 backward_reduce bfloat16 ") for line in spilling), spilling
+    assert " spills " not in result.stderr
     assert " states " not in result.stderr
     assert " launches" not in result.stderr
     rows = {}

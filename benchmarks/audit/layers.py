@@ -87,6 +87,7 @@ class Selection(NamedTuple):
 
     layers: list[Layer]
     dtypes: tuple[str, ...]
+    directions: tuple[str, ...] = ("forward", "backward", "eval")
 
 
 SELECTIONS = {
@@ -99,6 +100,7 @@ SELECTIONS = {
             Layer("small", (32, 2048, 7, 7), "relu", True, 1),
         ],
         ("bfloat16",),
+        ("forward", "backward", "eval", "synchronised"),
     ),
 }
 
@@ -110,14 +112,14 @@ class Case:
     layer: Layer
     dtype: str
     layout: str
-    direction: str  # "forward", "backward" or "eval"
+    direction: str  # "forward", "backward", "eval", or "synchronised": dx over statistics that processes share
 
 
 def cases(selection: Selection) -> Iterator[Case]:
     for layer in selection.layers:
         for dtype in selection.dtypes:
             for layout in FORMATS:
-                for direction in ("forward", "backward", "eval"):
+                for direction in selection.directions:
                     yield Case(layer, dtype, layout, direction)
 
 
@@ -152,10 +154,16 @@ def launches_of(case: Case, tensors: dict[str, Any]) -> list[Any]:
     (_, statistics, mask), forward = backend.forward_launches(
         t["x"], t["residual"], t["weight"], t["bias"], *running, None, training, 1e-5, layer.activation, [], training
     )
-    if case.direction != "backward":
+    if case.direction in ("forward", "eval"):
         return forward
     if t["x"].device.type != "meta":
         launching.launch(forward, t["x"].device)
+    if case.direction == "synchronised":
+        means, factor = (t["x"].new_zeros(size, dtype=torch.float64) for size in ((2, t["x"].shape[1]), (1,)))
+        return backend.input_gradient_launches(
+            t["dy"], t["x"], None, mask if mask.numel() else None, statistics, t["weight"], t["bias"], None,
+            layer.activation, [], means, factor + 1,
+        )[1]  # fmt: skip
     _, backward = backend.backward_launches(
         t["dy"], t["x"], None, mask if mask.numel() else None, statistics, t["weight"], t["bias"], None,
         True, 1e-5, layer.activation, [], 0.0, float("inf"), (True, layer.residual, True, True, False, True),

@@ -34,6 +34,8 @@ def floor_units(case: layers.Case) -> float:
     mask = 1 / 8 / layers.DTYPES[case.dtype].itemsize if relu and residual else 0.0
     if case.direction == "backward":
         return 3.0 + residual + mask  # dy, x, dx; dresidual
+    if case.direction == "synchronised":
+        return 3.0 + mask
     return 2.0 + residual + (mask if case.direction == "forward" else 0.0)
 
 

@@ -142,18 +142,24 @@ def batch_norm_moments(x):
     return torch.stack([torch.full_like(mean, count), mean, (squares - total * offset).clamp(min=0.0)])
 
 
-def batch_norm_act_input_gradient(
+def input_gradient_launches(
     dy, x, residual, mask, statistics, weight, bias, activation_weight,
     activation, activation_args, means, factor,
 ):  # fmt: skip
-    if dy.stride() != x.stride():
-        dy = torch.empty_like(x).copy_(dy)  # the kernels walk both with one set of offsets
+    """((dx, Σdx² by program), launches), as ``backward_launches``."""
     dx = torch.empty_like(x)
     squares, launches = _kernels().input_gradient_launches(
         dy, x, residual, mask, statistics, weight, bias, activation_weight, means.contiguous(), factor, dx,
         shape=_shape(x, per_channel=True, has_mask=mask is not None),
         activation=activation, activation_args=tuple(activation_args),
     )  # fmt: skip
+    return (dx, squares), launches
+
+
+def batch_norm_act_input_gradient(dy, x, *args):
+    if dy.stride() != x.stride():
+        dy = torch.empty_like(x).copy_(dy)  # the kernels walk both with one set of offsets
+    (dx, squares), launches = input_gradient_launches(dy, x, *args)
     _launching().launch(launches, x.device)
     return dx, squares.sum().reshape(1)
 
