@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from pathlib import Path
 
 import torch
@@ -88,7 +89,7 @@ def main(out: Path, data: Data, epochs: int = 10, blocks: int = 6) -> dict[tuple
         for lr, clipped in itertools.product(LEARNING_RATES, (False, True)):
             result = results[lr, clipped] = run(data, lr, clipped, epochs, blocks)
             name, claim = ("clipped", "trains") if clipped else ("not clipped", "unstable if lr is large")
-            loss = sum(result["losses"][-10:]) / 10
+            loss = statistics.fmean(result["losses"][-10:])
             yield f"lr {lr}, {name}", f"{loss:.2f}", f"{100 * result['accuracy']:.1f} %", claim
 
     print_table(("", "loss of the last 10 steps", "unseen images", "the paper"), rows())
