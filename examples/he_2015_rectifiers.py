@@ -13,6 +13,9 @@ training, first hidden layer divided by last, read from the backward kernels by 
 Measured (torch 2.13, one CPU thread), accuracy on unseen images after 30 epochs: 22 layers 92 % from Xavier's and 97 %
 from Kaiming's; 30 layers 10 % and 97 %. The first layer's gradient is 1.2e-3 and 4.8e-5 of the last's from Xavier's
 (√½ a layer: 9.8e-4 and 6.1e-5), and 1.2 and 0.8 of it from Kaiming's.
+
+Width and learning rate were chosen. With 128 units and a rate of 0.01, 30 layers stalled from Xavier's as well, but
+from Kaiming's they learnt unsteadily (58 % after 40 epochs), and at 0.03 they ended in NaN.
 """
 
 from __future__ import annotations

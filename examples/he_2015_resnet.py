@@ -13,6 +13,9 @@ Measured (torch 2.13, one CPU thread), error on the training set by depth: plain
 all three; on unseen images 7, 55, 90 and 3.1, 3.8, 4.9 %. Other than in the paper, the deeper residual net is not the
 better one: 20 layers are enough for these images. And the plain nets' gap is larger than there, where they train for
 64,000 steps and not 120.
+
+The learning rate was chosen: at a constant 0.1 the residual net of 110 layers still had a training error of 63 % after
+these 12 epochs (plain 90 %), those of 20 and 56 layers below 1 %.
 """
 
 from __future__ import annotations

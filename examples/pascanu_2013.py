@@ -14,6 +14,8 @@ Measured (torch 2.13, one CPU thread), accuracy on unseen images without and wit
 rate of 0.1, 27 % and 70 % at 0.3. Other than in the paper, at 0.01 it is clipping that does harm, for it shortens most
 steps: 76 % and 44 %. Without clipping the norm is the smaller one later on: large steps have left the net where little
 gradient comes back.
+
+Radii of 0.95 and 1.5 showed the same order at a rate of 0.1, on one seed each.
 """
 
 from __future__ import annotations
