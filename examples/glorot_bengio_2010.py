@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from _common import Data, arguments, panels, print_table
 from torch import Tensor, nn
 
-from vgkern.demo import data
 from vgkern.gradients import GradientMonitor
 from vgkern.nn import AddAct
 
@@ -33,16 +33,19 @@ def usual(weight: Tensor) -> None:
 
 
 INITIALISATIONS: dict[str, Callable[[Tensor], object]] = {"usual": usual, "normalised": nn.init.xavier_uniform_}
+CLAIMS = {  # the factor of a layer
+    ("sigmoid", "usual"): "below 1", ("sigmoid", "normalised"): "below 1",
+    ("tanh", "usual"): "0.58", ("tanh", "normalised"): "about 1",
+}  # fmt: skip
 
 
-def gradient_norms(activation: str, initialisation: str, width: int = 512, seeds: int = 5) -> list[float]:
+def gradient_norms(data: Data, activation: str, initialisation: str, width: int = 512, seeds: int = 5) -> list[float]:
     """Norm of the gradient at each hidden layer's pre-activations, input first, median over the seeds."""
-    digits = data.load(torch.device("cpu"))
     runs = []
     for seed in range(seeds):
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
-        for n_in in (64, *[width] * (LAYERS - 1)):
+        for n_in in (data.train_images[0].numel(), *[width] * (LAYERS - 1)):
             layers += [nn.Linear(n_in, width), AddAct(activation=activation)]
         net = nn.Sequential(*layers, nn.Linear(width, 10))
         for module in net:
@@ -50,37 +53,32 @@ def gradient_norms(activation: str, initialisation: str, width: int = 512, seeds
                 INITIALISATIONS[initialisation](module.weight)
                 nn.init.zeros_(module.bias)
         with GradientMonitor(net) as monitor:
-            F.cross_entropy(net(digits.train_images[:256].flatten(1)), digits.train_labels[:256]).backward()
+            F.cross_entropy(net(data.train_images[:256].flatten(1)), data.train_labels[:256]).backward()
             monitor.step()
         runs.append([record.grad_preact_norm for record in monitor.records() if record.source == "kernel"])
     return [statistics.median(norms) for norms in zip(*runs, strict=True)]
 
 
-def main(out: Path = Path("glorot_bengio_2010.png"), **options: int) -> dict[tuple[str, str], list[float]]:
-    results = {
-        (activation, initialisation): gradient_norms(activation, initialisation, **options)
-        for activation in ("sigmoid", "tanh")
-        for initialisation in INITIALISATIONS
-    }
-    print("activation  initialisation  layer 1 ... 5: gradient norm                 a layer   paper")
-    for (activation, initialisation), norms in results.items():
-        factor = (norms[0] / norms[-1]) ** (1 / (LAYERS - 1))
-        claim = {"tanh": {"usual": "0.58", "normalised": "about 1"}}.get(activation, {}).get(initialisation, "below 1")
-        print(f"{activation:11} {initialisation:15} {'  '.join(f'{n:.1e}' for n in norms)}   {factor:6.2f}    {claim}")
+def main(out: Path, data: Data, **options: int) -> dict[tuple[str, str], list[float]]:
+    results = {}
+
+    def rows():
+        for (activation, initialisation), claim in CLAIMS.items():
+            norms = results[activation, initialisation] = gradient_norms(data, activation, initialisation, **options)
+            factor = (norms[0] / norms[-1]) ** (1 / (LAYERS - 1))
+            yield f"{activation}, {initialisation}", *(f"{norm:.1e}" for norm in norms), f"{factor:.2f}", claim
+
+    layers = [f"layer {number}" for number in range(1, LAYERS + 1)]
+    print_table(("gradient norm", *layers, "a layer", "the paper"), rows())
     draw(results, out)
     return results
 
 
 def draw(results: dict[tuple[str, str], list[float]], out: Path) -> None:
-    import matplotlib
-    from matplotlib.figure import Figure
+    from vgkern.figures import BLUE, ORANGE
 
-    from vgkern.figures import BLUE, LIGHT, ORANGE, panel_title, style
-
-    with matplotlib.rc_context(style(LIGHT)):
-        figure = Figure(figsize=(7, 4.4), layout="constrained")
-        ax = figure.subplots()
-        panel_title(ax, "Gradient before training, by layer", "norm at the pre-activations, log scale")
+    title = ("Gradient before training, by layer", "norm at the pre-activations, log scale")
+    with panels(out, title, size=(7, 4.4)) as (ax,):
         for (activation, initialisation), norms in results.items():
             ax.plot(
                 range(1, LAYERS + 1), norms, marker="o", label=f"{activation}, {initialisation}",
@@ -90,8 +88,7 @@ def draw(results: dict[tuple[str, str], list[float]], out: Path) -> None:
         ax.set_xticks(range(1, LAYERS + 1))
         ax.set_xlabel("hidden layer, from the input")
         ax.legend(frameon=False)
-        figure.savefig(out, dpi=130)
 
 
 if __name__ == "__main__":
-    main()
+    main(**arguments(__doc__ or "", __file__))

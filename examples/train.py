@@ -19,17 +19,16 @@ import importlib.util
 import json
 import math
 import os
-import pickle
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from _common import Data, load_data
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -49,36 +48,6 @@ CIFAR_PADDING = 4  # pixels around an image of which a random crop is taken (He 
 
 
 # The data -------------------------------------------------------------------------------------------------------------
-
-
-class Data(NamedTuple):
-    """Images (N, C, H, W) in float32, of mean 0 and variance 1 in each channel over the training set; int64 labels."""
-
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    augmented: bool
-
-
-def load_data(name: str) -> Data:
-    """The digits, or CIFAR-10 from the folder of its "python version"."""
-    if name == "digits":
-        from vgkern.demo import data
-
-        return Data(*data.load(torch.device("cpu")), augmented=False)
-    train = [_cifar_batch(Path(name) / f"data_batch_{number}") for number in range(1, 6)]
-    train_images, train_labels = (torch.cat(parts) for parts in zip(*train, strict=True))
-    test_images, test_labels = _cifar_batch(Path(name) / "test_batch")
-    std, mean = torch.std_mean(train_images, (0, 2, 3), keepdim=True)
-    return Data((train_images - mean) / std, train_labels, (test_images - mean) / std, test_labels, augmented=True)
-
-
-def _cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
-    with path.open("rb") as file:
-        batch = pickle.load(file, encoding="bytes")
-    images = torch.from_numpy(np.asarray(batch[b"data"])).reshape(-1, 3, 32, 32).float() / 255
-    return images, torch.tensor(batch[b"labels"])
 
 
 def augment(images: Tensor) -> Tensor:

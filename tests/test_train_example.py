@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -18,11 +17,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from common import bits
+from common import EXAMPLES, bits
+from common import example as load_example
 
 import vgkern
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "train.py"
+SCRIPT = EXAMPLES / "train.py"
 #: Seconds at most for a few epochs of a tiny net, on a machine that does much else.
 PATIENCE = 120
 TINY = ("--depth", "8", "--width", "4", "--batch-size", "256")
@@ -37,16 +37,9 @@ _FORKS.set_forkserver_preload(
 )
 
 
-def _example():
-    spec = importlib.util.spec_from_file_location("train_example", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def example():
-    return _example()
+    return load_example("train")
 
 
 @pytest.fixture
@@ -66,7 +59,7 @@ def _child(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-        sys.exit(_example().main(arguments))
+        sys.exit(load_example("train").main(arguments))
 
 
 def _start(out: Path, *arguments: str, environment: dict[str, str] | None = None) -> multiprocessing.Process:
