@@ -9,7 +9,7 @@ from torch import nn
 
 from ..nn import AddAct
 from ..nn.batch_norm_act import _BatchNormAct
-from . import plain
+from . import twins
 from .applying import apply, undo
 from .folding import fold
 from .plan import Analysis, make_plan
@@ -53,7 +53,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     _check(model)
     model = model if inplace else copy.deepcopy(model)
-    plain.from_plain(model)
+    twins.from_plain(model)
     apply(make_plan(Analysis(model)), model)
     return model
 
@@ -84,7 +84,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     _check(model)
     model = model if inplace else copy.deepcopy(model)
     undo(model)
-    plain.to_plain(model)
+    twins.to_plain(model)
     return model
 
 
@@ -108,7 +108,6 @@ def fusion_report(model: nn.Module) -> FusionReport:
     plan = make_plan(Analysis(model))
     planned = {id(match.module): match.operations for match in plan.matches}
     planned |= {id(sum_.act.module): sum_.operations for sum_ in plan.add_acts if sum_.act.module in plan.added}
-    ours: tuple[Any, ...] = (_BatchNormAct, AddAct, *plain.TWINS)
     fused, left = [], []
     modules: list[tuple[str, Any]] = list(model.named_modules())
     for name, module in modules:
@@ -119,7 +118,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
             fused.append(Fused(name, fusion.operations))
         elif id(module) in planned:
             fused.append(Fused(name, planned[id(module)]))
-        elif fusion is None and isinstance(module, ours):
+        elif fusion is None and (isinstance(module, (_BatchNormAct, AddAct)) or type(module) in twins.TWINS):
             norm = ["batch norm"] if hasattr(module, "num_features") else []
             fused.append(Fused(name, (*norm, str(module.activation))))
         elif name in plan.left:

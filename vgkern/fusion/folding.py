@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from ..nn import AddAct
 from ..nn.batch_norm_act import _BatchNormAct
-from . import plain
+from . import twins
 from .activations import has_hooks
 from .applying import apply, undo
 from .layers import AddPReLU, _PReLUElsewhere
@@ -50,7 +50,7 @@ def fold(model: nn.Module) -> nn.Module:
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     folded = copy.deepcopy(model).eval()
     undo(folded)
-    plain.from_plain(folded)
+    twins.from_plain(folded)
     analysis = Analysis(folded)
     pairs = _pairs(analysis)  # before the graphs change
     apply(make_plan(analysis), folded)

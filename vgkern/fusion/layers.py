@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..activations import ActivationSpec, resolve
 from ..nn import AddAct, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 
-__all__ = ["Fusion", "to_add_act", "to_batch_norm_act", "to_passed", "to_plain"]
+__all__ = ["Fusion", "device_of", "to_add_act", "to_batch_norm_act", "to_passed", "to_plain"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ FUSED: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
 }
 
 
-def _device(module: nn.Module) -> Any:
+def device_of(module: nn.Module) -> Any:
+    """Where a layer's tensors are; None if it has none."""
     return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
 
 
@@ -83,7 +84,7 @@ def to_batch_norm_act(
         layer.activation_weight = None
     else:
         layer._prelu = (prelu,)
-    layer._init_grad_record(True, _device(module))
+    layer._init_grad_record(True, device_of(module))
     layer.grad_norm_bounds = None
     layer._fusion = Fusion(original, operations, in_place)
 
