@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import backends, ops
-from ..activations import ActivationSpec
 from .findings import Thresholds
 from .history import NO_GRADIENT, GradRecord, History, LayerInfo
 from .hooks import Tap, activation_name, is_tapped
@@ -305,11 +304,9 @@ class _Layer:
         return None if probe is None else probe.grad
 
     def info(self, columns: Sequence[int]) -> LayerInfo:
-        fused = getattr(self.module, "activation", None)
-        activation = fused.name if isinstance(fused, ActivationSpec) else activation_name(self.module)
         names = [name for name, _ in self.parameters]
         return LayerInfo(
-            self.name, type(self.module).__name__, None if activation == "identity" else activation, self.source,
+            self.name, type(self.module).__name__, activation_name(self.module), self.source,
             isinstance(self.module, _NORMALISES), not isinstance(self.recorder, Tap) or self.recorder.counts_dead,
             tuple(zip(names, columns, strict=True)),
         )  # fmt: skip
