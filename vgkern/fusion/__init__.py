@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
@@ -12,6 +11,7 @@ from ..nn.batch_norm_act import _BatchNormAct
 from . import twins
 from .applying import apply, undo
 from .folding import fold
+from .layers import copied
 from .plan import Analysis, make_plan
 from .report import Fused, FusionReport, Left
 
@@ -22,7 +22,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Make one operation of every batch norm with the sum and the activation that follow it.
 
     Each module's forward is traced by itself with ``torch.fx``, so the hierarchy stays: where the activation is a
-    module of its own, the batch norm becomes :class:`vgkern.nn.BatchNormAct2d` (1d, 3d) and the activation passes its
+    module of its own, the batch norm becomes :class:`vgkern.nn.BatchNormAct2d` (1d, 3d, ``SyncBatchNormAct``) and the activation passes its
     input on; where a sum or a function has to go, the forward of the module in which it stands is replaced, by a
     subclass of the module's own class. Sums with an activation and no batch norm become :class:`vgkern.nn.AddAct`.
     A module that cannot be traced stays as it is and the modules inside it are fused.
@@ -52,7 +52,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         (ActivationSpec(name='relu', args=()), Identity(), True)
     """
     _check(model)
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copied(model)
     twins.from_plain(model)
     apply(make_plan(Analysis(model)), model)
     return model
@@ -82,7 +82,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         )
     """
     _check(model)
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copied(model)
     undo(model)
     twins.to_plain(model)
     return model

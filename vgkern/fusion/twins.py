@@ -6,9 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from ..nn import AddAct, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
-from ..nn.plain import PlainAddAct, PlainBatchNormAct1d, PlainBatchNormAct2d, PlainBatchNormAct3d
-from .layers import device_of
+from ..nn import AddAct, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, SyncBatchNormAct
+from ..nn.plain import (
+    PlainAddAct,
+    PlainBatchNormAct1d,
+    PlainBatchNormAct2d,
+    PlainBatchNormAct3d,
+    PlainSyncBatchNormAct,
+)
+from .layers import record_anew, record_no_more
 
 __all__ = ["TWINS", "from_plain", "to_plain"]
 
@@ -17,6 +23,7 @@ _TWIN_OF: dict[type[nn.Module], type[nn.Module]] = {
     BatchNormAct1d: PlainBatchNormAct1d,
     BatchNormAct2d: PlainBatchNormAct2d,
     BatchNormAct3d: PlainBatchNormAct3d,
+    SyncBatchNormAct: PlainSyncBatchNormAct,
     AddAct: PlainAddAct,
 }
 #: Plain twin -> fused layer.
@@ -27,8 +34,7 @@ def to_plain(root: nn.Module) -> None:
     """Fused layers into their plain twins, which keep neither the gradient record nor bounds."""
     for module in root.modules():
         if (twin := _TWIN_OF.get(type(module))) is not None:
-            recorded = module._buffers.pop("_probe", None) is not None
-            module._non_persistent_buffers_set.discard("_probe")
+            recorded = record_no_more(module)
             for name in ("_bounds", "_grad_norm_bounds"):
                 vars(module).pop(name, None)
             module.__dict__["track_grad_stats"] = recorded
@@ -42,6 +48,6 @@ def from_plain(root: nn.Module) -> None:
             layer: Any = module
             layer.__class__ = fused
             vars(layer).pop("inplace", None)
-            layer._init_grad_record(vars(layer).pop("track_grad_stats", True), device_of(layer))
+            record_anew(layer, vars(layer).pop("track_grad_stats", True))
             if fused is not AddAct:
                 layer.grad_norm_bounds = None

@@ -20,6 +20,7 @@ __all__ = [
     "PlainBatchNormAct1d",
     "PlainBatchNormAct2d",
     "PlainBatchNormAct3d",
+    "PlainSyncBatchNormAct",
     "activate",
 ]
 
@@ -69,6 +70,10 @@ class PlainBatchNormAct2d(_PlainBatchNormAct, nn.BatchNorm2d):
 
 
 class PlainBatchNormAct3d(_PlainBatchNormAct, nn.BatchNorm3d):
+    __doc__ = _PlainBatchNormAct.__doc__
+
+
+class PlainSyncBatchNormAct(_PlainBatchNormAct, nn.SyncBatchNorm):
     __doc__ = _PlainBatchNormAct.__doc__
 
 
