@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import world
 from common import bits
 
 import vgkern
@@ -28,13 +29,6 @@ PATIENCE = 120
 TINY = ("--depth", "8", "--width", "4", "--batch-size", "256")
 EPOCHS = 12
 STEPS = EPOCHS * (1347 // 256)
-
-#: Imports everything once (an optimiser needs torch._dynamo, which takes seconds) and forks processes from there: each
-#: starts in milliseconds, and may be killed like any other.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
-    ["torch._dynamo", "vgkern", "sklearn.datasets", "sklearn.model_selection", "rich.progress"]
-)
 
 
 def _example():
@@ -71,7 +65,7 @@ def _child(arguments: list[str], log: str, environment: dict[str, str]) -> None:
 
 def _start(out: Path, *arguments: str, environment: dict[str, str] | None = None) -> multiprocessing.Process:
     given = [*TINY, "--epochs", str(EPOCHS), "--out", str(out), "--seed", "5", *arguments]
-    process = _FORKS.Process(target=_child, args=(given, str(out) + ".log", environment or {}))
+    process = world.FORKS.Process(target=_child, args=(given, str(out) + ".log", environment or {}))
     process.start()
     return process
 

@@ -22,9 +22,10 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Make one operation of every batch norm with the sum and the activation that follow it.
 
     Each module's forward is traced by itself with ``torch.fx``, so the hierarchy stays: where the activation is a
-    module of its own, the batch norm becomes :class:`vgkern.nn.BatchNormAct2d` (1d, 3d, ``SyncBatchNormAct``) and the activation passes its
-    input on; where a sum or a function has to go, the forward of the module in which it stands is replaced, by a
-    subclass of the module's own class. Sums with an activation and no batch norm become :class:`vgkern.nn.AddAct`.
+    module of its own, the batch norm becomes :class:`vgkern.nn.BatchNormAct2d` (1d, 3d, ``SyncBatchNormAct``) and the
+    activation passes its input on; where a sum or a function has to go, the forward of the module in which it stands is
+    replaced, by a subclass of the module's own class. Sums with an activation and no batch norm become
+    :class:`vgkern.nn.AddAct`.
     A module that cannot be traced stays as it is and the modules inside it are fused.
 
     ``state_dict`` keys and values, modes, hooks, devices, dtypes, tied and frozen parameters, names and order of
