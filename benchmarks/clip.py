@@ -6,7 +6,6 @@ Each clipping is first checked against PyTorch's result in float64; a wrong one 
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from vgkern.models import resnet50
 from . import environment
 from .console import console, progress, rounds
 from .floor import FORMATS
+from .report import write_csv
 from .timing import Timing, interleave
 
 #: Far above any norm here, and below: nothing is scaled, and everything.
@@ -217,12 +217,8 @@ def _write_csv(results: list[tuple[Contest, dict[str, Timing]]], described: dict
                 "contest": contest.name, "variant": name, "rounds": len(timing.seconds), "ms": timing.median * 1e3,
                 "q1_ms": low * 1e3, "q3_ms": high * 1e3, "ratio": first.speedup_over(timing), **described,
             })  # fmt: skip
-    if not rows:
-        return
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    if rows:
+        write_csv(rows, path)
 
 
 def add_parser(commands: Any) -> None:

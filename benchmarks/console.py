@@ -11,12 +11,13 @@ from typing import IO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vgkern import terminal
+
 _PIPE_WIDTH = 140  # columns where no terminal says how many it has
 
 
 def console(stream: IO[str]) -> Console:
-    made = Console(file=stream, highlight=False)
-    return made if made.is_terminal else Console(file=stream, highlight=False, width=_PIPE_WIDTH)
+    return terminal.console(stream, _PIPE_WIDTH, highlight=False)
 
 
 def rounds(text: str) -> int:

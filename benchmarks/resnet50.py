@@ -7,7 +7,6 @@ norm, addition and activation removed; and as what PyTorch's profiler counts out
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import sys
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from . import environment
 from .console import console, progress, rounds
 from .floor import FORMATS
 from .model import NETS, ResNet, convolutions_only
+from .report import write_csv
 from .timing import Timing, interleave
 
 DTYPES = ("float32", "bfloat16")
@@ -262,10 +262,7 @@ def _write_csv(outcome: Outcome, described: dict[str, Any], args: argparse.Names
             "profiled_other_ms": profiled.other * 1e3 if profiled else "",
             **described,
         })  # fmt: skip
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, path)
 
 
 def add_parser(commands: Any) -> None:

@@ -31,9 +31,9 @@ import torch.nn.functional as F
 from _common import Data, load_data
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
 
 import vgkern
+from vgkern.gradients import GradientClipper, GradientMonitor, GradRecord
 
 try:
     from rich.console import Console
@@ -131,6 +131,10 @@ class Training:
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, args.lr, total_steps=self.total_steps + 1, cycle_momentum=False
         )
+        if args.clip is not None:
+            GradientClipper(self.optimizer, args.clip)  # from here on the optimiser's own step clips
+        # One row: what the last step before the end of an epoch was like. So a checkpoint need not hold any.
+        self.monitor = GradientMonitor(self.model, capacity=1) if args.monitor else None
         self.scaler = torch.amp.GradScaler(where.device.type, enabled=args.amp and where.device.type == "cuda")
         self.step = 0
         self.losses: list[Tensor] = []  # of this epoch; they stay on the device
@@ -159,16 +163,13 @@ class Training:
 
     def train_step(self) -> None:
         images, labels = self.batch()
-        if self.args.monitor:
-            reset_gradient_health(self.model)
         self.net.train()
         self.optimizer.zero_grad()
         with self.autocast():
             loss = F.cross_entropy(self.net(images), labels)
         self.scaler.scale(loss).backward()
-        if self.args.clip is not None:
-            self.scaler.unscale_(self.optimizer)
-            clip_grad_norm_(self.model.parameters(), self.args.clip)
+        if self.monitor is not None:
+            self.monitor.step()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
@@ -197,8 +198,8 @@ class Training:
             "test_loss": test_loss / count,
             "test_accuracy": right / count,
         }
-        if self.args.monitor:
-            row |= gradient_health(self.model)
+        if self.monitor is not None:
+            row |= gradient_health(self.monitor.records())
         self.history.append(row)
         return row
 
@@ -253,27 +254,13 @@ def _binding(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in FREE} | {"data": Path(args.data).name}
 
 
-def _reporting(model: nn.Module) -> list[Any]:
-    """The layers whose backward passes report; none in a plain net."""
-    return [module for module in model.modules() if hasattr(module, "grad_stats")]
-
-
-def reset_gradient_health(model: nn.Module) -> None:
-    for layer in _reporting(model):
-        layer.reset_grad_stats()
-
-
-def gradient_health(model: nn.Module) -> dict[str, float]:
-    """What the last step's backward pass reported: how much of the gradient reaches the first fused layer, and how many
-    units of the worst layer are dead."""
-    stats = [layer.grad_stats() for layer in _reporting(model)]
-    if not stats:
-        return {}
-    first, last = stats[0].grad_output_norm, stats[-1].grad_output_norm
-    return {
-        "grad_first_to_last": first / last if last else math.nan,
-        "dead_most": max(each.dead_fraction for each in stats),
-    }
+def gradient_health(records: list[GradRecord]) -> dict[str, float]:
+    """What a step's backward pass reported of the layers with an activation: how much of the gradient at the last of
+    them reaches the first, and how many units of the worst are dead."""
+    norms = [record.grad_output_norm for record in records if record.backwards and record.activation]
+    dead = [record.dead_fraction for record in records if not math.isnan(record.dead_fraction)]
+    health = {"grad_first_to_last": norms[0] / norms[-1] if norms[-1] else math.nan} if norms else {}
+    return health | ({"dead_most": max(dead)} if dead else {})
 
 
 def train(args: argparse.Namespace, where: World, console: Console) -> dict[str, Any]:

@@ -6,11 +6,12 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from common import NAMES, torch_activation
 from torch import nn
 
 import vgkern
-from vgkern.activations import TABLE, resolve
+from vgkern.activations import TABLE, of_call, resolve
 from vgkern.functional import add_act
 from vgkern.nn import AddAct, BatchNormAct2d
 
@@ -150,6 +151,29 @@ def test_rows_are_consistent(name):
     middle = (z[1:] + z[:-1]).detach() / 2
     for at in middle[step > 0.1].tolist():
         assert any(abs(at - kink) < 0.1 for kink in kinks), at
+
+
+@pytest.mark.parametrize(
+    ("call", "found"),
+    [
+        ((F.relu, (True,), {}), ("relu", {})),
+        (("tanh_", (), {}), ("tanh", {})),
+        ((F.leaky_relu, (0.2, True), {}), ("leaky_relu", {"negative_slope": 0.2})),
+        ((F.softplus, (2.0,), {"threshold": 5.0}), ("softplus", {"beta": 2.0, "threshold": 5.0})),
+        ((F.gelu, (), {"approximate": "tanh"}), ("gelu", {"approximate": "tanh"})),
+        ((torch.prelu, ("a weight",), {}), ("prelu", {"weight": "a weight"})),
+        ((torch.relu, (1, 2), {}), None),
+        ((torch.clamp_min, (0,), {}), None),
+        (("identity", (), {}), None),
+    ],
+)
+def test_calls_that_apply_an_activation(call, found):
+    assert of_call(*call) == found
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("identity", "prelu")])
+def test_every_activation_is_found_by_its_function(name):
+    assert of_call(getattr(F, name), (), {}) == (name, {})
 
 
 def test_the_names_in_the_documentation_are_the_names():

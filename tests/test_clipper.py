@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
+import world
 from common import bits
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -463,12 +463,8 @@ def _fsdp(rank: int) -> dict:
     return results
 
 
-def _work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=_WORLD)
-    torch.save({**_ddp(rank), **_fsdp(rank)}, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+def _work(rank: int) -> dict:
+    return _ddp(rank) | _fsdp(rank)
 
 
 def _alone(clip, steps: tuple[int, ...], **options) -> tuple[nn.Module, list[float]]:
@@ -489,10 +485,8 @@ def _alone(clip, steps: tuple[int, ...], **options) -> tuple[nn.Module, list[flo
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What each rank ended with; one pair of processes for all, which take long to start."""
-    folder = tmp_path_factory.mktemp("clipper")
-    torch.multiprocessing.spawn(_work, args=(str(folder),), nprocs=_WORLD)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(_WORLD)]
+    """What each rank ended with."""
+    return world.run(_work, _WORLD, tmp_path_factory.mktemp("clipper"))
 
 
 def _assert_state(state: dict, net: nn.Module) -> None:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
+import world
 from common import randomised
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -47,9 +47,7 @@ _OPTIONS = {
 }
 
 
-def _train(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=_WORLD)
+def _train(rank: int) -> dict:
     results = {}
     for key, options in _OPTIONS.items():
         net = _net()
@@ -66,9 +64,7 @@ def _train(rank: int, folder: str) -> None:
             "stats": {name: getattr(net, name).grad_stats() for name in ("bn", "end")},
             "probe": (net.bn._probe.is_leaf, net.bn._probe.requires_grad),
         }
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 def _train_alone() -> tuple[list[dict[str, GradStats]], dict[str, torch.Tensor]]:
@@ -90,10 +86,8 @@ def _train_alone() -> tuple[list[dict[str, GradStats]], dict[str, torch.Tensor]]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What each rank ended with, for every set of options; all in one pair of processes, which take long to start."""
-    folder = tmp_path_factory.mktemp("ddp")
-    torch.multiprocessing.spawn(_train, args=(str(folder),), nprocs=_WORLD)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(_WORLD)]
+    """What each rank ended with, for every set of options."""
+    return world.run(_train, _WORLD, tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.parametrize("options", _OPTIONS)

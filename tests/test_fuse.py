@@ -10,13 +10,14 @@ import textwrap
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from common import bits, randomised
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import vgkern
-from vgkern.nn import AddAct, BatchNormAct1d, BatchNormAct2d
+from vgkern.nn import AddAct, BatchNormAct1d, BatchNormAct2d, SyncBatchNormAct
 
 C = 4
 SHAPE = (5, C, 6, 7)
@@ -215,7 +216,6 @@ def _old_weight_norm():
         (lambda: _hooked(nn.BatchNorm2d(C), "register_forward_pre_hook"), "a hook on it would see"),
         (lambda: _hooked(nn.BatchNorm2d(C), "register_full_backward_hook"), "a hook on it would see"),
         (lambda: OwnForward(C), "OwnForward is a subclass"),
-        (lambda: nn.SyncBatchNorm(C), "its statistics are synchronised"),
         (lambda: nn.LazyBatchNorm2d(), "lazy"),
         (lambda: torch.jit.script(nn.BatchNorm2d(C)), "scripted"),
         (_replaced, "its forward was replaced on the instance"),
@@ -825,6 +825,54 @@ def test_layers_that_were_built_fused_have_plain_twins():
     assert again.norm._probe is not None
     assert again.slope._probe is None
     assert_same(model, again, x())
+
+
+# Batch norms over all processes.
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A group of one process, and not the default one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        yield dist.new_group([0])
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.PReLU])
+def test_synchronised_batch_norms(activation):
+    model = make("return self.act(self.bn(self.conv(x)) + x)", bn=nn.SyncBatchNorm(C), act=activation())
+    fused = vgkern.fuse(model)
+    assert isinstance(fused.bn, SyncBatchNormAct)
+    assert operations(fused)["bn"][:2] == (BN, ADD)
+    assert list(fused.state_dict()) == list(model.state_dict())
+    assert_same(model, fused, x())
+    plain = vgkern.unfuse(fused)
+    assert [vars(m).keys() for m in plain.modules()] == [vars(m).keys() for m in model.modules()]
+    assert type(plain.bn) is nn.SyncBatchNorm
+    assert_same(model, plain, x())
+    torch.testing.assert_close(vgkern.fold(model)(data := x()), model.eval()(data), rtol=1e-4, atol=1e-4)
+
+
+def test_synchronised_batch_norms_keep_their_group(process_group):
+    model = nn.Sequential(nn.SyncBatchNorm(C, process_group=process_group), nn.ReLU())
+    fused = vgkern.fuse(model)  # a group cannot be copied
+    assert f"process_group={process_group.group_name!r}" in repr(fused[0])
+    twin = pickle.loads(pickle.dumps(fused))
+    assert vgkern.unfuse(twin)[0].process_group is process_group
+    assert vgkern.unfuse(fused)[0].process_group is process_group
+    assert model[0].process_group is process_group
+    built = SyncBatchNormAct(C, process_group=process_group, track_grad_stats=False)
+    plain = vgkern.unfuse(nn.Sequential(built))
+    assert isinstance(plain[0], nn.SyncBatchNorm)
+    assert plain[0].process_group is process_group
+    again = vgkern.fuse(plain)[0]
+    assert vars(again).keys() == vars(built).keys()
+    data = x()
+    torch.testing.assert_close(again(data, data), built(data, data))
+    again(data).sum().backward()
+    assert again.grad_stats() is None
 
 
 # fold.

@@ -272,7 +272,8 @@ def _follows(net: nn.Module) -> dict[str, str]:
 class _Functional(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c, self.d, self.e, self.f = (nn.Linear(4, 4) for _ in range(6))
+        self.a, self.b, self.c, self.d, self.e, self.f, self.g = (nn.Linear(4, 4) for _ in range(7))
+        self.slope = nn.Parameter(torch.tensor(0.1))
 
     def forward(self, x):
         x = F.leaky_relu(self.a(x), 0.2, inplace=True)
@@ -280,13 +281,14 @@ class _Functional(nn.Module):
         x = F.gelu(self.c(x), approximate="tanh")
         x = self.d(x).sigmoid()
         x = F.softplus(self.e(x), 2.0)
-        return self.f(x).softmax(-1)
+        x = F.prelu(self.f(x), self.slope)
+        return self.g(x).softmax(-1)
 
 
 def test_activations_as_functions_and_methods():
     assert _follows(_Functional()) == {
         "a": "leaky_relu(negative_slope=0.2)", "b": "tanh", "c": "gelu(approximate='tanh')", "d": "sigmoid",
-        "e": "softplus(beta=2.0)", "f": "identity",
+        "e": "softplus(beta=2.0)", "f": "leaky_relu(negative_slope=0.25)", "g": "identity",
     }  # fmt: skip
 
 

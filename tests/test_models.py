@@ -8,11 +8,12 @@ import pytest
 import torch
 from common import bits
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vgkern
 from vgkern.models import cifar_resnet
-from vgkern.models.plain import PlainAddAct, PlainBatchNormAct2d
 from vgkern.nn import BasicBlock, BatchNormAct2d, Bottleneck, DropPath, PreActBasicBlock, PreActBottleneck
+from vgkern.nn.plain import PlainAddAct, PlainBatchNormAct2d
 
 #: torchvision: blocks of each stage, convolutions of a block, parameters (its documentation of each model).
 TORCHVISION = {
@@ -317,8 +318,62 @@ def test_plain_layers_are_the_fused_ones(name):
     torch.testing.assert_close(plain(x, residual), fused(x, residual))
     joined = vgkern.nn.AddAct(activation=name).double()
     before = x.clone()
-    torch.testing.assert_close(PlainAddAct(activation=name).double()(x, residual), joined(x, residual))
+    twin = PlainAddAct(activation=name).double()
+    torch.testing.assert_close(twin(x, residual), joined(x, residual))
+    torch.testing.assert_close(twin(x), joined(x))
     assert torch.equal(x, before)
+
+
+class _Operations(TorchDispatchMode):
+    """The names of the operations that run, in order."""
+
+    def __enter__(self):
+        self.seen = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.__name__.split(".")[0])
+        return func(*args, **kwargs or {})
+
+
+def test_plain_layers_overwrite_what_is_their_own():
+    """As torchvision's ResNets do, so that comparisons are fair; and nothing else."""
+    x, residual = torch.randn(2, 4, 3, 5, 5)
+    with _Operations() as operations:
+        PlainBatchNormAct2d(3).eval()(x, residual)
+    assert [name for name in operations.seen if name in ("add", "add_", "relu", "relu_")] == ["add_", "relu_"]
+    with _Operations() as operations:
+        PlainAddAct()(x, residual)
+    assert [name for name in operations.seen if "detach" not in name] == ["add", "relu_"]
+    layer = PlainBatchNormAct2d(3).bfloat16()
+    assert layer(x.bfloat16(), residual).dtype is BatchNormAct2d(3).bfloat16()(x.bfloat16(), residual).dtype
+    y = PlainAddAct(inplace=True)(x)
+    assert y.data_ptr() == x.data_ptr()
+    assert (x >= 0).all()
+
+
+@pytest.mark.parametrize("kind", [1, 2, 3])
+def test_every_plain_layer_becomes_the_fused_one(kind):
+    name = f"BatchNormAct{kind}d"
+    twin = getattr(vgkern.nn.plain, f"Plain{name}")(3, activation="leaky_relu", activation_args={"negative_slope": 0.2})
+    fused = vgkern.fuse(nn.Sequential(twin))[0]
+    assert type(fused) is getattr(vgkern.nn, name)
+    assert type(vgkern.unfuse(nn.Sequential(fused))[0]) is type(twin)
+    x, residual = torch.randn(2, 4, 3, 5, 6, 7)[(..., *[0] * (3 - kind))]
+    torch.testing.assert_close(fused(x, residual), twin(x, residual))
+
+
+def test_a_plain_resnet_is_fused_and_a_fused_one_unfused():
+    for net in (vgkern.models.resnet50(fused=False), vgkern.models.resnet50()):
+        fused = vgkern.fuse(net)
+        report = vgkern.fusion_report(fused)
+        assert report.fused_batch_norms == report.batch_norms == 53
+        assert sum(type(module) is BatchNormAct2d for module in fused.modules()) == 53
+    unfused = vgkern.unfuse(net)
+    assert not any(hasattr(module, "grad_stats") for module in unfused.modules())
+    assert type(unfused.bn1) is type(vgkern.models.resnet18(fused=False).bn1)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(unfused.double()(x), net.double()(x))
 
 
 # PyTorch's tools ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
+import world
 from common import randomised
 from test_grad_record import _FullSizeOperations
 from torch import nn
@@ -108,7 +108,11 @@ def _assert_parameters(records: list[GradRecord], net: nn.Module) -> None:
             assert math.isnan(record.grad_norm)
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "checkpointed"),
+    [("cpu", False), ("cpu", True), ("reference", False), ("triton", False)],
+    indirect=["backend"],
+)
 def test_norms_are_autograds_over_four_micro_batches(backend, checkpointed):
     net = _net(_Net, checkpointed)
     batches = [_batch(i) for i in range(4)]
@@ -321,23 +325,18 @@ def test_refusals_and_warnings():
 # DistributedDataParallel ----------------------------------------------------------------------------------------------
 
 
-def _train(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _train(rank: int) -> list[GradRecord]:
     ddp = DistributedDataParallel(_net())
     monitor = GradientMonitor(ddp)
     with ddp.no_sync():
         _loss(ddp(_batch(10 + rank))).backward()
     _loss(ddp(_batch(20 + rank))).backward()
     monitor.step()
-    gradients = {name: p.grad for name, p in ddp.module.named_parameters()}
-    torch.save((monitor.records(), gradients), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return monitor.records()
 
 
 def test_two_ranks_report_what_arrived_locally_and_gradients_that_are_reduced(tmp_path):
-    torch.multiprocessing.spawn(_train, args=(str(tmp_path),), nprocs=2)
+    ranks = world.run(_train, 2, tmp_path)
     reduced = _net()
     expected = []
     for rank in range(2):
@@ -345,8 +344,7 @@ def test_two_ranks_report_what_arrived_locally_and_gradients_that_are_reduced(tm
         expected.append(_arriving(alone, ["bn", "end"], [_batch(10 + rank), _batch(20 + rank)]))
         for p, mine in zip(reduced.parameters(), alone.parameters(), strict=True):
             p.grad = mine.grad / 2 if p.grad is None else p.grad + mine.grad / 2
-    for rank in range(2):
-        records, _ = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+    for rank, records in enumerate(ranks):
         _assert_parameters(records, reduced)
         found = {r.layer: r.grad_output_norm for r in records if r.source == "kernel"}
         assert found == {name: _close(norm) for name, norm in expected[rank].items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import itertools
 import pickle
 import time
@@ -14,6 +13,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+import world
 from common import FUSED, PLAIN, bits, randomised
 from torch import nn
 from torch.library import opcheck
@@ -255,12 +255,8 @@ _OTHERS = {
 }  # fmt: skip
 
 
-def _work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def _work(rank: int) -> dict:
     warnings.filterwarnings("ignore", message="You are using a Backend")
-    # A rank that waits for one that does not come fails the test and does not stop the suite.
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=_WORLD, timeout=timeout)
     groups = {world: dist.new_group(range(world)) for world in range(1, _WORLD)} | {_WORLD: None}
     results = {}
     for name, case in CASES.items():
@@ -269,17 +265,13 @@ def _work(rank: int, folder: str) -> None:
     if rank < 2:
         for name, function in _OTHERS.items():
             results[name] = function(rank, groups[2])
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each rank found, in one set of processes, which take long to start."""
-    folder = tmp_path_factory.mktemp("sync")
-    torch.multiprocessing.spawn(_work, args=(str(folder),), nprocs=_WORLD)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(_WORLD)]
+    """What each rank found."""
+    return world.run(_work, _WORLD, tmp_path_factory.mktemp("sync"))
 
 
 # Against one process --------------------------------------------------------------------------------------------------
@@ -438,8 +430,12 @@ def test_merged_moments_are_those_of_all():
 
 
 @pytest.mark.parametrize("memory_format", _FORMATS, ids=str)
-@pytest.mark.parametrize("activation", ["identity", "relu", "silu", "prelu"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "activation"),  # in half precision what is read: a mask, or z
+    [*((torch.float32, name) for name in ("identity", "relu", "silu", "prelu")),
+     (torch.bfloat16, "relu"), (torch.bfloat16, "silu")],
+    ids=str,
+)  # fmt: skip
 def test_the_input_gradient_of_one_process_is_that_of_the_backward_operator(
     backend, device, dtype, activation, memory_format
 ):

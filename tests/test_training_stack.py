@@ -2,20 +2,20 @@
 
 ``torch.compile`` and ``torch.export`` have test_compile.py; checkpoints, autocast's dtypes, accumulation and
 ``functional_call`` test_autograd.py; copies and pickles test_layers.py; SyncBatchNormAct by itself
-test_sync_batch_norm.py. Run by ``torchrun``, this file is the program of its distributed tests.
+test_sync_batch_norm.py.
 """
 
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
+import world
 from common import Plain, randomised
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -85,17 +85,16 @@ def _assert_same(ours: nn.Module, theirs: nn.Module) -> None:
 # One process ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_process_may_compile_before_it_has_run_anything():
+def _compile_first(rank: int) -> float:
+    layer = BatchNormAct2d(3)
+    step = torch.compile(lambda x: layer(x, x).sum(), fullgraph=True, backend="aot_eager")
+    step(torch.randn(2, 3, 4, 4, requires_grad=True)).backward()
+    return layer.grad_stats().backwards
+
+
+def test_a_process_may_compile_before_it_has_run_anything(tmp_path):
     """What is computed once and kept must not be something at which tracing breaks."""
-    program = """
-import torch, vgkern
-layer = vgkern.nn.BatchNormAct2d(3)
-step = torch.compile(lambda x: layer(x, x).sum(), fullgraph=True, backend="aot_eager")
-step(torch.randn(2, 3, 4, 4, requires_grad=True)).backward()
-print(layer.grad_stats().backwards)
-"""
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert (run.stdout, run.returncode) == ("1.0\n", 0), run.stderr
+    assert world.run(_compile_first, 1, tmp_path) == [1.0]
 
 
 def test_compiled_training_under_autocast():
@@ -194,7 +193,7 @@ class _Transformed(Dataset):
         return self.layer(_data(i)[0].reshape(3, 48).T.contiguous())
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", "forkserver"])  # inherited; pickled, as by spawn
 def test_a_layer_in_data_loader_workers(start):
     layer = randomised(BatchNormAct1d(3, activation="silu")).eval()
     data = _Transformed(layer)
@@ -245,7 +244,7 @@ def test_onnx_of_the_plain_twin(tmp_path):
     torch.testing.assert_close(torch.from_numpy(reference.run(None, inputs)[0]), twin(_data(0), _data(1)))
 
 
-# Two processes under torchrun -----------------------------------------------------------------------------------------
+# Two processes --------------------------------------------------------------------------------------------------------
 
 _WORLD = 2
 
@@ -329,23 +328,15 @@ _DISTRIBUTED = {
 }
 
 
-def _main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    results = {name: function(dist.get_rank(), folder) for name, (function, *_) in _DISTRIBUTED.items()}
-    torch.save(results, folder / f"{dist.get_rank()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+def _work(folder: Path, rank: int) -> dict:
+    return {name: function(rank, folder) for name, (function, *_) in _DISTRIBUTED.items()}
 
 
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory):
     """(folder, what each rank ended with)."""
-    folder = tmp_path_factory.mktemp("torchrun")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={_WORLD}"]
-    run = subprocess.run([*command, __file__, str(folder)], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(_WORLD)]
+    folder = tmp_path_factory.mktemp("world")
+    return folder, world.run(functools.partial(_work, folder), _WORLD, folder)
 
 
 @pytest.mark.parametrize("name", _DISTRIBUTED)
@@ -382,7 +373,3 @@ def test_a_distributed_checkpoint_loads_into_one_process(distributed):
     for step in range(2):
         _step(expected, expected, optimiser, step, None)
     _assert_same(net, expected)
-
-
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]))

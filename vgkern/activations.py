@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +85,42 @@ _ROWS = (
 )  # fmt: skip
 
 TABLE: dict[str, Activation] = {row.name: row for row in _ROWS}
+#: The modules that apply an activation.
+MODULES = frozenset(row.module for row in _ROWS if row.name != "identity")
+
+
+def _calls() -> dict[Callable[..., Any] | str, str]:
+    """A clamp is none of them: at its bounds its derivative is not that of relu and relu6."""
+    found: dict[Callable[..., Any] | str, str] = {}
+    for name in TABLE:
+        for spelling in () if name == "identity" else (name, f"{name}_"):
+            found |= {getattr(namespace, spelling): name for namespace in (F, torch) if hasattr(namespace, spelling)}
+            if hasattr(Tensor, spelling):
+                found[spelling] = name
+    return found
+
+
+#: Functions of PyTorch, and names of a tensor's methods -> the activation that a call applies.
+_CALLS = _calls()
+
+
+def of_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """What ``target(x, *args, **kwargs)`` applies, ``target`` a function, or the name of a method of x.
+
+    Returns:
+        The activation's name and the arguments that it is given, by name, as they are: numbers, or what a graph has in
+        their place. None for other calls.
+    """
+    name = _CALLS.get(target)
+    if name is None:
+        return None
+    row = TABLE[name]
+    names = ("weight",) if row.learnable else (*row.arguments, "inplace")
+    if len(args) > len(names):
+        return None
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given.pop("inplace", None)
+    return name, given
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,11 @@ def group_of(name: str | None) -> Group | None:
     return Group(name, size) if size > 1 else None
 
 
+def process_group(name: str | None) -> dist.ProcessGroup | None:
+    """The group that PyTorch knows under a name; None for None. RuntimeError where this process has no such group."""
+    return None if name is None else dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
 def _gather(values: Tensor, group: Group) -> Tensor:
     """The values of all processes, one after the other in a new first dimension."""
     gathered = torch.ops._c10d_functional.all_gather_into_tensor(values, group.size, group.name)

@@ -15,12 +15,12 @@ __all__ = ["console", "device", "figure_path", "writable"]
 _PIPE_WIDTH = 120  # columns where no terminal says how many it has
 
 
-def console(stream: IO[str], pipe_width: int = _PIPE_WIDTH) -> Any:
+def console(stream: IO[str], pipe_width: int = _PIPE_WIDTH, **options: Any) -> Any:
     """A ``rich.console.Console`` on ``stream``, ``pipe_width`` columns wide where that is no terminal."""
     from rich.console import Console
 
-    made = Console(file=stream)
-    return made if made.is_terminal else Console(file=stream, width=pipe_width)
+    made = Console(file=stream, **options)
+    return made if made.is_terminal else Console(file=stream, width=pipe_width, **options)
 
 
 def figure_path(out: str, name: str) -> Path:

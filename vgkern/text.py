@@ -1,9 +1,10 @@
 """How numbers are written in tables, figures, sentences and JSON."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["figures", "first_epochs", "jsonable", "percent"]
+__all__ = ["figures", "first_epochs", "jsonable", "percent", "some"]
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -21,6 +22,12 @@ def figures(value: float) -> str:
         return f"{float(f'{value:.2g}'):g}"
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{mantissa}·10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+
+
+def some(names: Sequence[str], shown: int = 4) -> str:
+    """a, b, c, d and 3 more."""
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def first_epochs(count: int) -> str:

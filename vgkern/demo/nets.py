@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import nn as fused
-from ..models.plain import PlainAddAct, PlainBatchNormAct2d
 from ..models.resnet import check_depth
+from ..nn.plain import PlainAddAct, PlainBatchNormAct2d
 
 __all__ = ["NETS", "DeepNet", "NetSpec"]
 
@@ -64,7 +65,8 @@ NETS: tuple[NetSpec, ...] = (
 
 def _activation_layer(spec: NetSpec, channels: int, plain_torch: bool) -> nn.Module:
     batch_norm: Callable[..., nn.Module] = PlainBatchNormAct2d if plain_torch else fused.BatchNormAct2d
-    add_act: Callable[..., nn.Module] = PlainAddAct if plain_torch else fused.AddAct
+    # What it is applied to is a convolution's output, which nobody else sees.
+    add_act: Callable[..., nn.Module] = partial(PlainAddAct, inplace=True) if plain_torch else fused.AddAct
     if spec.batch_norm:
         return batch_norm(channels, activation=spec.activation)
     return add_act(activation=spec.activation)

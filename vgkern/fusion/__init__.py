@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
 
 from ..nn import AddAct
 from ..nn.batch_norm_act import _BatchNormAct
-from . import plain
+from . import twins
 from .applying import apply, undo
 from .folding import fold
+from .layers import copied
 from .plan import Analysis, make_plan
 from .report import Fused, FusionReport, Left
 
@@ -22,9 +22,10 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Make one operation of every batch norm with the sum and the activation that follow it.
 
     Each module's forward is traced by itself with ``torch.fx``, so the hierarchy stays: where the activation is a
-    module of its own, the batch norm becomes :class:`vgkern.nn.BatchNormAct2d` (1d, 3d) and the activation passes its
-    input on; where a sum or a function has to go, the forward of the module in which it stands is replaced, by a
-    subclass of the module's own class. Sums with an activation and no batch norm become :class:`vgkern.nn.AddAct`.
+    module of its own, the batch norm becomes :class:`vgkern.nn.BatchNormAct2d` (1d, 3d, ``SyncBatchNormAct``) and the
+    activation passes its input on; where a sum or a function has to go, the forward of the module in which it stands is
+    replaced, by a subclass of the module's own class. Sums with an activation and no batch norm become
+    :class:`vgkern.nn.AddAct`.
     A module that cannot be traced stays as it is and the modules inside it are fused.
 
     ``state_dict`` keys and values, modes, hooks, devices, dtypes, tied and frozen parameters, names and order of
@@ -52,8 +53,8 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         (ActivationSpec(name='relu', args=()), Identity(), True)
     """
     _check(model)
-    model = model if inplace else copy.deepcopy(model)
-    plain.from_plain(model)
+    model = model if inplace else copied(model)
+    twins.from_plain(model)
     apply(make_plan(Analysis(model)), model)
     return model
 
@@ -82,9 +83,9 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         )
     """
     _check(model)
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copied(model)
     undo(model)
-    plain.to_plain(model)
+    twins.to_plain(model)
     return model
 
 
@@ -108,7 +109,6 @@ def fusion_report(model: nn.Module) -> FusionReport:
     plan = make_plan(Analysis(model))
     planned = {id(match.module): match.operations for match in plan.matches}
     planned |= {id(sum_.act.module): sum_.operations for sum_ in plan.add_acts if sum_.act.module in plan.added}
-    ours: tuple[Any, ...] = (_BatchNormAct, AddAct, *plain.TWINS)
     fused, left = [], []
     modules: list[tuple[str, Any]] = list(model.named_modules())
     for name, module in modules:
@@ -119,7 +119,7 @@ def fusion_report(model: nn.Module) -> FusionReport:
             fused.append(Fused(name, fusion.operations))
         elif id(module) in planned:
             fused.append(Fused(name, planned[id(module)]))
-        elif fusion is None and isinstance(module, ours):
+        elif fusion is None and (isinstance(module, (_BatchNormAct, AddAct)) or type(module) in twins.TWINS):
             norm = ["batch norm"] if hasattr(module, "num_features") else []
             fused.append(Fused(name, (*norm, str(module.activation))))
         elif name in plan.left:

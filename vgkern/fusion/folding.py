@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
@@ -11,17 +10,16 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from ..nn import AddAct
 from ..nn.batch_norm_act import _BatchNormAct
-from . import plain
+from . import twins
 from .activations import has_hooks
 from .applying import apply, undo
-from .layers import AddPReLU, _PReLUElsewhere
+from .layers import FUSED, AddPReLU, _PReLUElsewhere, copied
 from .plan import Analysis, make_plan
 
 __all__ = ["fold"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -48,9 +46,9 @@ def fold(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    folded = copy.deepcopy(model).eval()
+    folded = copied(model).eval()
     undo(folded)
-    plain.from_plain(folded)
+    twins.from_plain(folded)
     analysis = Analysis(folded)
     pairs = _pairs(analysis)  # before the graphs change
     apply(make_plan(analysis), folded)
@@ -66,7 +64,7 @@ def _pairs(analysis: Analysis) -> list[tuple[Any, Any]]:
     for traced in analysis.live_traces():
         for node in traced.graph.nodes:  # type: ignore[union-attr]
             batch_norm: Any = traced.callee(node)
-            if not isinstance(batch_norm, _BatchNormAct) and type(batch_norm) not in _BATCH_NORMS:
+            if not isinstance(batch_norm, _BatchNormAct) and type(batch_norm) not in FUSED:
                 continue
             before: Any = traced.callee(node.args[0]) if node.args else None
             if before is None or len(node.args[0].users) != 1:

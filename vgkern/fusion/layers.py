@@ -5,15 +5,27 @@ So whoever holds a reference keeps it, and parameters, buffers, hooks, names and
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from .. import synchronised
 from ..activations import ActivationSpec, resolve
-from ..nn import AddAct, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from ..nn import AddAct, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, SyncBatchNormAct
 
-__all__ = ["Fusion", "to_add_act", "to_batch_norm_act", "to_passed", "to_plain"]
+__all__ = [
+    "FUSED",
+    "Fusion",
+    "copied",
+    "record_anew",
+    "record_no_more",
+    "to_add_act",
+    "to_batch_norm_act",
+    "to_passed",
+    "to_plain",
+]
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,10 @@ class BatchNormPReLU3d(_PReLUElsewhere, BatchNormAct3d):  # type: ignore[overrid
     """A ``BatchNormAct3d`` that shares the weight of a ``PReLU``."""
 
 
+class SyncBatchNormPReLU(_PReLUElsewhere, SyncBatchNormAct):  # type: ignore[override]
+    """A ``SyncBatchNormAct`` that shares the weight of a ``PReLU``."""
+
+
 class AddPReLU(_PReLUElsewhere, AddAct):  # type: ignore[override]
     """An ``AddAct`` that shares the weight of a ``PReLU``."""
 
@@ -64,11 +80,37 @@ FUSED: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
     nn.BatchNorm1d: (BatchNormAct1d, BatchNormPReLU1d),
     nn.BatchNorm2d: (BatchNormAct2d, BatchNormPReLU2d),
     nn.BatchNorm3d: (BatchNormAct3d, BatchNormPReLU3d),
+    nn.SyncBatchNorm: (SyncBatchNormAct, SyncBatchNormPReLU),
 }
 
 
 def _device(module: nn.Module) -> Any:
     return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy; process groups, which cannot be copied, are the same."""
+    groups = (getattr(module, "process_group", None) for module in model.modules())
+    return copy.deepcopy(model, {id(group): group for group in groups if group is not None})
+
+
+def record_anew(layer: Any, tracked: bool) -> None:
+    """The gradient record of a module that has become a fused layer, which shares statistics as the module did."""
+    synchronises = isinstance(layer, SyncBatchNormAct)
+    layer._init_grad_record(tracked or synchronises, _device(layer))
+    if synchronises:
+        layer._init_synchronisation(tracked, vars(layer).pop("process_group", None))
+
+
+def record_no_more(layer: Any) -> bool:
+    """Takes away what :func:`record_anew` made; returns whether the layer recorded."""
+    tracked = layer._buffers.pop("_probe", None) is not None
+    layer._non_persistent_buffers_set.discard("_probe")
+    if isinstance(layer, SyncBatchNormAct):
+        layer.__dict__["process_group"] = synchronised.process_group(vars(layer).pop("_group_name"))
+        del layer._channels_agreed
+        tracked = vars(layer).pop("_track_grad_stats")
+    return tracked
 
 
 def to_batch_norm_act(
@@ -83,7 +125,7 @@ def to_batch_norm_act(
         layer.activation_weight = None
     else:
         layer._prelu = (prelu,)
-    layer._init_grad_record(True, _device(module))
+    record_anew(layer, True)
     layer.grad_norm_bounds = None
     layer._fusion = Fusion(original, operations, in_place)
 
@@ -95,7 +137,7 @@ def to_add_act(module: nn.Module, in_place: bool) -> None:
     original = type(module)
     layer.__class__ = AddAct
     layer.activation, layer.activation_weight = spec, None
-    layer._init_grad_record(True, None)
+    record_anew(layer, True)
     layer._fusion = Fusion(original, ("residual", str(spec)), in_place)
 
 
@@ -113,8 +155,7 @@ _ADDED = ("activation", "activation_weight", "_prelu", "_bounds", "_grad_norm_bo
 def to_plain(module: nn.Module) -> None:
     """What one of the conversions above made, back into what it was."""
     fusion: Fusion = vars(module)["_fusion"]
-    module._buffers.pop("_probe", None)
-    module._non_persistent_buffers_set.discard("_probe")
+    record_no_more(module)
     for name in _ADDED:
         vars(module).pop(name, None)
     module.__class__ = fusion.original

@@ -187,8 +187,6 @@ class Analysis:
             raise Refusal("it is scripted")
         if parametrize.is_parametrized(module):
             raise Refusal("it is parametrised")
-        if isinstance(module, nn.SyncBatchNorm):
-            raise Refusal("its statistics are synchronised")
         if isinstance(module, _LazyNormBase):
             raise Refusal("it is lazy: it has no channels before its first call")
         if kind not in FUSED:

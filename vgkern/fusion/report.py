@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
+from ..text import some
+
 __all__ = ["Fused", "FusionReport", "Left"]
 
 
@@ -63,17 +65,12 @@ class FusionReport:
         reasons: dict[str, list[str]] = defaultdict(list)
         for row in self.left:
             reasons[row.reason].append(row.name)
-        rows += [(f"{len(names)} left", _some(names), reason) for reason, names in reasons.items()]
+        rows += [(f"{len(names)} left", some(names), reason) for reason, names in reasons.items()]
         try:
             table = _rich(rows)
         except ImportError:
             table = _plain(rows)
         return f"{title}\n{table}"
-
-
-def _some(names: list[str], shown: int = 4) -> str:
-    rest = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _plain(rows: list[tuple[str, str, str]]) -> str:

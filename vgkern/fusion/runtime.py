@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from .. import functional
-from ..activations import ActivationSpec, resolve
+from ..activations import resolve
 from ..nn.batch_norm_act import _BatchNormAct
+from ..nn.plain import activate
 
-__all__ = ["activate", "add", "add_act", "sequential", "unchanged"]
+__all__ = ["add", "add_act", "sequential", "unchanged"]
 
 _IDENTITY = resolve(None)
 
@@ -26,11 +27,6 @@ def _fits(x: Any, residual: Any) -> bool:
         and x.device == residual.device
         and x.is_floating_point()
     )
-
-
-def activate(spec: ActivationSpec, z: Tensor, weight: Tensor | None) -> Tensor:
-    """φ by PyTorch's own function."""
-    return spec.row.reference(z, *spec.args) if weight is None else spec.row.reference(z, *spec.args, weight)
 
 
 def add(layer: Any, x: Tensor, residual: Any) -> Tensor:

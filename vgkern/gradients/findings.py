@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..text import figures, percent
+from ..text import figures, percent, some
 from .history import NO_GRADIENT, History, median, quantile
 from .model_state import ModelState
 
@@ -150,7 +150,7 @@ def _nonfinite(case: _Case) -> Iterator[Finding]:
         )
     elif parameters and len(parameters) < len([layer for layer in case.layers if layer.parameters]):
         name = parameters[0]
-        where = f"Parameters of {_listed(parameters)} are inf or NaN themselves"
+        where = f"Parameters of {some(parameters)} are inf or NaN themselves"
         advice = (f"Look at how {name} is initialised or loaded: its parameters are not finite.",)
     else:
         name = case.name(index)
@@ -179,7 +179,7 @@ def _frozen_norm(case: _Case) -> Iterator[Finding]:
     if names:
         yield Finding(
             "frozen_norm", names[0],
-            f"{_count(len(names), 'batch norm')} ({_listed(names)}) in eval mode with running statistics that were "
+            f"{_count(len(names), 'batch norm')} ({some(names)}) in eval mode with running statistics that were "
             "never estimated: mean 0 and variance 1, so nothing is normalised.",
             {"layers": list(names)},
             ("Call model.train(), or load the statistics with the weights before they are frozen.",),
@@ -204,7 +204,7 @@ def _no_gradient(case: _Case) -> Iterator[Finding]:
     if never:
         yield Finding(
             "no_gradient", never[-1],
-            f"{_count(len(never), 'layer')} ({_listed(never)}) never got a gradient, though the parameters want one.",
+            f"{_count(len(never), 'layer')} ({some(never)}) never got a gradient, though the parameters want one.",
             {"layers": never},
             (
                 "Something cuts them off: detach(), .data, torch.no_grad(), an argmax or a conversion to numpy on the "
@@ -223,7 +223,7 @@ def _dead(case: _Case) -> Iterator[Finding]:
     activation = case.layers[worst].activation or ""
     yield Finding(
         "dead", case.name(worst),
-        f"{_count(len(found), 'layer')} ({_listed(names)}) with nearly all units dead: φ'(z) = 0 in "
+        f"{_count(len(found), 'layer')} ({some(names)}) with nearly all units dead: φ'(z) = 0 in "
         f"{percent(float(case.dead[worst]))} of {case.name(worst)}'s elements ({activation}; half is usual for ReLU).",
         {"layers": names, "dead_fraction": [float(case.dead[i]) for i in found], "activation": activation},
         _DEAD_ADVICE.get(activation, _SATURATED),
@@ -380,10 +380,6 @@ def _loss_scale(case: _Case) -> Iterator[Finding]:
 _LOOKS: tuple[Callable[[_Case], Iterator[Finding]], ...] = (
     _nonfinite, _frozen_norm, _no_gradient, _dead, _depth, _spike, _loss_scale,
 )  # fmt: skip
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:2])}, ..., {names[-1]}"
 
 
 def _count(number: int, noun: str) -> str:

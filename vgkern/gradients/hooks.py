@@ -24,7 +24,10 @@ _NAMES = {row.module: name for name, row in activations.TABLE.items()}
 
 
 def activation_name(module: nn.Module) -> str | None:
-    """The activation that a module of ``torch.nn`` is; None if it is another layer."""
+    """The activation that a module applies, of ``torch.nn`` or of this package; None if it applies none."""
+    spec = getattr(module, "activation", None)
+    if isinstance(spec, activations.ActivationSpec):
+        return None if spec.name == "identity" else spec.name
     return _NAMES.get(type(module)) if not isinstance(module, nn.Identity) else None
 
 

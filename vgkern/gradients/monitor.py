@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import backends, ops
-from ..activations import ActivationSpec
+from .. import ops
+from . import lists
 from .findings import Thresholds
 from .history import NO_GRADIENT, GradRecord, History, LayerInfo
 from .hooks import Tap, activation_name, is_tapped
@@ -263,9 +263,9 @@ class GradientMonitor:
             if self._present is None or self._present[0] != present:
                 self._present = present, torch.tensor(present, dtype=torch.int64, device=target.device)
             if given:
-                target[self._present[1]] = _norms(given, target.device)
+                target[self._present[1]] = lists.measure(given, 2.0, math.inf).norms.to(target.device)
         elif given:
-            target.copy_(_norms(given, target.device))
+            target.copy_(lists.measure(given, 2.0, math.inf).norms)
 
     def _forget_order_hooks(self) -> None:
         for handle in self._handles:
@@ -305,11 +305,9 @@ class _Layer:
         return None if probe is None else probe.grad
 
     def info(self, columns: Sequence[int]) -> LayerInfo:
-        fused = getattr(self.module, "activation", None)
-        activation = fused.name if isinstance(fused, ActivationSpec) else activation_name(self.module)
         names = [name for name, _ in self.parameters]
         return LayerInfo(
-            self.name, type(self.module).__name__, None if activation == "identity" else activation, self.source,
+            self.name, type(self.module).__name__, activation_name(self.module), self.source,
             isinstance(self.module, _NORMALISES), not isinstance(self.recorder, Tap) or self.recorder.counts_dead,
             tuple(zip(names, columns, strict=True)),
         )  # fmt: skip
@@ -348,29 +346,3 @@ def _layers(model: nn.Module) -> list[_Layer]:
 def _note_order(seen: dict[str, int], name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
     if not torch.compiler.is_compiling():
         seen.setdefault(name, len(seen))
-
-
-def _norms(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """(T,) L2 norms on ``device``, by one call of the multi-tensor kernels for all ordinary gradients of a device."""
-    result: list[Tensor | None] = [None] * len(gradients)
-    by_device: dict[torch.device, list[int]] = {}
-    for i, g in enumerate(gradients):
-        if type(g) is Tensor and g.layout is torch.strided and g.dtype in ops.FLOATING_DTYPES:
-            by_device.setdefault(g.device, []).append(i)
-        else:
-            result[i] = _norm(g).to(device)
-    if [len(gradients)] == [len(indices) for indices in by_device.values()]:
-        return backends.of(gradients[0]).gradient_norms(gradients, 2.0)[0].to(device)
-    for indices in by_device.values():
-        norms = backends.of(gradients[indices[0]]).gradient_norms([gradients[i] for i in indices], 2.0)[0]
-        for i, norm in zip(indices, norms.to(device), strict=True):
-            result[i] = norm
-    return torch.stack([norm for norm in result if norm is not None])
-
-
-def _norm(gradient: Tensor) -> Tensor:
-    """Of a sparse gradient, a shard of a DTensor (all ranks take part), or another dtype."""
-    if gradient.is_sparse:
-        gradient = gradient.coalesce().values()
-    norm = torch.linalg.vector_norm(gradient.to(ops.statistics_dtype(gradient.device)))
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -8,7 +8,6 @@ from __future__ import annotations
 import heapq
 import operator
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +31,6 @@ NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _PASSED = (nn.Identity, _DropoutNd, DropPath)
 
 _IDENTITY = ActivationSpec("identity")
-_MODULES = {row.module: row.name for row in activations.TABLE.values() if row.module is not nn.Identity}
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
@@ -200,7 +198,7 @@ def _spec_of_module(module: nn.Module) -> ActivationSpec | None:
         return None if spec == _IDENTITY else spec
     if isinstance(module, nn.PReLU):
         return leaky(_mean(module.weight))
-    return activations.resolve(module) if type(module) in _MODULES else None
+    return activations.resolve(module) if type(module) in activations.MODULES else None
 
 
 def _mean(weight: torch.Tensor) -> float:
@@ -211,16 +209,12 @@ def _spec_of_call(node: fx.Node) -> ActivationSpec | None:
     """The activation that ``F.relu(x)``, ``torch.tanh(x)``, ``x.sigmoid_()``, ... apply."""
     if node.op not in ("call_function", "call_method"):
         return None
-    name = (node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")).rstrip("_")
-    row = activations.TABLE.get(name)
-    if row is None or name == "identity":
+    found = activations.of_call(node.target, node.args[1:], node.kwargs)
+    if found is None:
         return None
+    name, given = found
+    row = activations.TABLE[name]
     if row.learnable:
         return leaky(0.25)
-    positional = zip(row.arguments, node.args[1:], strict=False)
-    given = {**dict(positional), **{key: node.kwargs[key] for key in row.arguments if key in node.kwargs}}
-    return activations.resolve(name, _constants(given.items()))
-
-
-def _constants(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: value for name, value in items if isinstance(value, (int, float, str))}
+    constants = {key: value for key, value in given.items() if isinstance(value, (int, float, str))}
+    return activations.resolve(name, {key: constants[key] for key in row.arguments if key in constants})

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..functional import Bounds
 from ..init import init_weights_
 from ..nn import AddAct, BasicBlock, BatchNormAct2d, Bottleneck, PreActBasicBlock, PreActBottleneck
-from .plain import PlainAddAct, PlainBatchNormAct2d
+from ..nn.plain import PlainAddAct, PlainBatchNormAct2d
 
 __all__ = ["ResNet", "cifar_resnet", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
