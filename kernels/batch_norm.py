@@ -1098,7 +1098,7 @@ TENSORS: dict[str, tuple[str, ...]] = {
     "backward_channel_kernel": _BACKWARD_TENSORS,
     "backward_apply_kernel": _BACKWARD_TENSORS,
     "backward_finish_kernel": (),
-    "input_gradient_kernel": _BACKWARD_TENSORS,
+    "input_gradient_kernel": ("dy_ptr", "x_ptr", "residual_ptr", "mask_ptr", "dx_ptr"),
 }
 
 

@@ -35,7 +35,7 @@ class Launch(NamedTuple):
     @property
     def bytes(self) -> int:
         """What it reads and writes of those tensors."""
-        tensors = [self.args[name] for name in self.moved if self.args.get(name) is not None]
+        tensors = [self.args[name] for name in self.moved if self.args[name] is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -413,8 +413,11 @@ def _compile(target: str, which: str) -> None:
     launching.on_device = lambda device: contextlib.nullcontext()
     batch_norm.LANES = TARGETS[target][2]
     triton_problems.DEVICE = "cpu"  # only the addresses' alignment matters
-    for problem in COMPACT if which == "compact" else _everything():
-        Problem(**problem).run()
+    for given in COMPACT if which == "compact" else _everything():
+        problem = Problem(**given)
+        _, statistics, mask, *_ = problem.run()
+        if problem.training:
+            problem.input_gradient(statistics, mask)
 
 
 if __name__ == "__main__":

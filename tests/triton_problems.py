@@ -76,6 +76,14 @@ class Problem:
     def backward(self, statistics, mask, implementation=backend):
         return implementation.batch_norm_act_backward(*self.backward_args(statistics, mask))
 
+    def input_gradient(self, statistics, mask, implementation=backend):
+        """As for statistics that processes share, of a problem over the batch."""
+        dy, x, residual, mask, statistics, weight, bias, slope, *_ = self.backward_args(statistics, mask)
+        means = torch.ones((2, x.shape[1]), dtype=torch.float64, device=DEVICE)
+        return implementation.batch_norm_act_input_gradient(
+            dy, x, residual, mask, statistics, weight, bias, slope, *self.activation, means, means[0, :1]
+        )
+
     def run(self, implementation=backend):
         """(y, statistics, mask, dx, dresidual, dweight, dbias, dactivation_weight, record)."""
         y, statistics, mask = self.forward(implementation)
