@@ -20,8 +20,8 @@ namespace {
 constexpr int kStrip = 8;
 
 // How a pass walks: how many vectors it works on at a time, so that it asks once for all of them what is there and what
-// is wanted, and how many columns at a time. One each where that counts for little beside the arithmetic, or where a
-// vector is several registers: it would be code without end.
+// is wanted, and how many columns at a time: two of each where z is evaluated, whose constants take the registers, and
+// whose chains of operations then overlap. One each where a vector is several registers: it would be code without end.
 template <int VECTORS, int COLUMNS>
 struct Width {
   static constexpr int vectors = VECTORS, columns = COLUMNS;
