@@ -17,7 +17,7 @@ from torch import Tensor
 import vgkern
 from vgkern.testing import compare, format_rows
 
-from .floor import FORMATS
+from .floor import FLOOR_VARIANTS, FORMATS, floor_variants
 from .libraries import LIBRARIES
 from .shapes import Configuration
 from .timing import Timing, interleave
@@ -48,9 +48,11 @@ COMPETITORS = {
 
 COMPILER = "inductor"
 
-#: All variants that a row of the CSV file has columns for. The last two: vgkern with the gradient record and without.
+#: All variants that a row of the CSV file has columns for. Recorded, unrecorded: vgkern with the gradient record and
+#: without. The last: what the memory needs.
 VARIANTS = (
     "vgkern", "eager", "compile", "vgkern_tcmalloc", "eager_tcmalloc", *LIBRARIES, "recorded", "unrecorded",
+    *FLOOR_VARIANTS,
 )  # fmt: skip
 
 
@@ -169,25 +171,33 @@ class Contest:
 
 
 def measure(
-    contest: Contest, competitors: Collection[str], rounds: int, *, compare_record: bool = False
+    contest: Contest, competitors: Collection[str], rounds: int, *, compare_record: bool = False, hot: bool = True
 ) -> dict[str, dict[str, Timing]]:
     """{"forward" | "backward": {variant: Timing}}, interleaved; compiled first where something is to be compiled.
+
+    On a CPU beside the floor's own variants, ``hot`` as :func:`~benchmarks.timing.interleave` has it.
 
     The two variants of ``compare_record`` take turns with each other alone: a difference of one per cent does not show
     behind a competitor that leaves other things in the caches than the fused layer does.
     """
     groups = [contest.variants(competitors)] + [contest.recording()] * compare_record
     measured: dict[str, dict[str, Timing]] = {"forward": {}, "backward": {}}
+    on_cpu = torch.device(contest.device).type == "cpu"
+    hot = hot and on_cpu
+
+    def time(direction: str, variants: dict[str, Callable[[], object]]) -> None:
+        if on_cpu and "vgkern" in variants:
+            variants |= floor_variants(direction, contest.configuration)
+        measured[direction] |= interleave(variants, rounds=rounds, device=contest.device, hot=hot)
+
     # The graph is kept from round to round, which a backward that overwrites what was saved for it refuses.
     with torch._functorch.config.patch(donated_buffer=False):
         for variants in groups:
             for variant in variants.values():
                 variant.backward(contest.dy)()  # compiles
-            forwards = {name: variant.forward for name, variant in variants.items()}
-            measured["forward"] |= interleave(forwards, rounds=rounds, device=contest.device)
+            time("forward", {name: variant.forward for name, variant in variants.items()})
             # After all forward passes, which change the running statistics that the graphs hold.
-            backwards = {name: variant.backward(contest.dy) for name, variant in variants.items()}
-            measured["backward"] |= interleave(backwards, rounds=rounds, device=contest.device)
+            time("backward", {name: variant.backward(contest.dy) for name, variant in variants.items()})
     if "compile" in competitors:
         torch._dynamo.reset()  # what was compiled keeps tensors alive, and counts towards a limit
     return measured

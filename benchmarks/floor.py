@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -105,6 +106,20 @@ class Roof:
         return Roof(tuple((size, max(rate, other_rate)) for (size, rate), (_, other_rate) in pairs))
 
 
+def floor_variants(direction: str, configuration: Configuration) -> dict[str, Callable[[], None]]:
+    """a = b + k·c over the bytes of :func:`floor_bytes`, with plain and with streaming stores: variants to time beside
+    the others, as the bandwidth of a shared machine wanders. None of a GPU's, and none without the extension."""
+    if vgkern.backends.available()["cpu"] != "usable":
+        return {}
+    from vgkern import _C
+
+    triad = _C.Triad(floor_bytes(direction, configuration), torch.get_num_threads())
+    return {name: functools.partial(triad.run, streaming) for name, streaming in FLOOR_VARIANTS.items()}
+
+
+#: Name of a variant: whether its stores bypass the caches.
+FLOOR_VARIANTS = {"triad": False, "triad_streaming": True}
+
 #: 64 KiB to 512 MiB.
 ROOF_SIZES = tuple(2**exponent for exponent in range(16, 30))
 
@@ -123,7 +138,8 @@ def measure_roof(device: str) -> Roof | None:
     threads = torch.get_num_threads()
 
     def best(size: int) -> float:
-        return max(_C.measure_bandwidth(size, threads, streaming) for streaming in (False, True))
+        triad = _C.Triad(size, threads)
+        return max(triad.bandwidth(streaming) for streaming in (False, True))
 
     return Roof(tuple((size, best(size)) for size in ROOF_SIZES))
 

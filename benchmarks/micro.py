@@ -72,7 +72,9 @@ def _results(todo: list[Configuration], args: argparse.Namespace) -> tuple[list[
                     bar.done()
                     continue
                 bar.now(f"{configuration}: timing{', compiling first' if 'compile' in here else ''}")
-                timings = measure(contest, here, args.rounds, compare_record=args.record == "compare")
+                timings = measure(
+                    contest, here, args.rounds, compare_record=args.record == "compare", hot=not args.cold
+                )
                 del contest  # its tensors, before the child makes its own
                 if worker:
                     bar.now(f"{configuration}: timing under tcmalloc")
@@ -104,6 +106,7 @@ def _worker(args: argparse.Namespace, stack: contextlib.ExitStack) -> tcmalloc.W
             rounds=args.rounds,
             device=args.device,
             record=args.record != "off",
+            hot=not args.cold,
         )
     except tcmalloc.WorkerError as error:
         _say_without_tcmalloc(error)
@@ -134,8 +137,8 @@ def _write(results: list[Result], roof: floor.Roof | None, described: dict[str, 
 def _floor_note(roof: floor.Roof) -> str:
     size, rate = roof.points[-1]
     return (
-        " Floor: the share of vgkern's time that the memory needs for one pass, at the bandwidth of a = b + k·c (on a "
-        f"GPU: a copy) over as many bytes, measured before and after ({rate / 1e9:.1f} GB/s at {size >> 20} MiB)."
+        " Floor: the share of vgkern's time that the memory needs for one pass: a = b + k·c over as many bytes, timed "
+        f"in the same rounds (on a GPU: copies, before and after; {rate / 1e9:.1f} GB/s at {size >> 20} MiB)."
     )
 
 
@@ -180,6 +183,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--record", choices=("on", "off", "compare"), default="on",
         help="the gradient record; compare: also time vgkern with it against vgkern without it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cold", action="store_true",
+        help="time each call right after other variants', which leave their own data in the CPU's caches, and not "
+        "after an untimed call of its own",
     )  # fmt: skip
     parser.add_argument("--rounds", type=rounds, default=20, help="rounds in which each variant runs once")
     parser.add_argument("--threads", type=int, help="torch.set_num_threads; PyTorch's own choice if not given")

@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from .competitors import COMPETITORS, VARIANTS, Competitor
-from .floor import Roof, floor_bytes
+from .floor import FLOOR_VARIANTS, Roof, floor_bytes
 from .shapes import Configuration
 from .timing import Timing, geometric_mean
 
@@ -43,9 +43,19 @@ class Result:
         recorded, unrecorded = (self.timing(direction, name) for name in ("recorded", "unrecorded"))
         return unrecorded.speedup_over(recorded) - 1 if recorded and unrecorded else None
 
+    def floor_seconds(self, direction: str, roof: Roof) -> float:
+        """The least time that the memory allows: measured in the same rounds, else taken from the roof."""
+        beside = [self.timings[direction][name].median for name in FLOOR_VARIANTS if name in self.timings[direction]]
+        return min(beside, default=roof.seconds(floor_bytes(direction, self.configuration)))
+
     def floor_share(self, direction: str, roof: Roof) -> float:
-        """The least time that the memory allows as a share of vgkern's; 1 is the floor."""
-        return roof.seconds(floor_bytes(direction, self.configuration)) / self.timings[direction]["vgkern"].median
+        """The floor as a share of vgkern's time; 1 is the floor."""
+        return self.floor_seconds(direction, roof) / self.timings[direction]["vgkern"].median
+
+    def floor_speedup(self, direction: str, competitor: Competitor, roof: Roof) -> float | None:
+        """What :meth:`speedup` would be at the floor: no kernel that reads and writes its tensors exceeds it."""
+        speedup = self.speedup(direction, competitor)
+        return None if speedup is None else speedup / self.floor_share(direction, roof)
 
 
 # ---- CSV -----------------------------------------------------------------------------------------------------------
@@ -85,7 +95,7 @@ def _row(
     row |= {name: ratio for name, ratio in ratios.items() if ratio is not None}
     if roof:
         row |= {
-            "bandwidth_gb_s": roof.at(moved) / 1e9, "floor_ms": roof.seconds(moved) * 1e3,
+            "bandwidth_gb_s": roof.at(moved) / 1e9, "floor_ms": result.floor_seconds(direction, roof) * 1e3,
             "floor_share": result.floor_share(direction, roof),
         }  # fmt: skip
     return row | environment
@@ -208,5 +218,14 @@ def conclusions(results: Sequence[Result], roof: Roof | None) -> list[str]:
             shares = [(result.floor_share(direction, roof), result.configuration) for result in results]
             lowest, where = min(shares, key=lambda pair: pair[0])
             mean = geometric_mean(share for share, _ in shares)
-            lines.append(f"floor, {direction}: {mean:.0%} of it in the geometric mean, lowest {lowest:.0%} ({where})")
+            bounds = [
+                f"{geometric_mean(bound):.2f}x {competitor.label}"
+                for competitor in measured_competitors(results).values()
+                if None not in (bound := [result.floor_speedup(direction, competitor, roof) for result in results])
+            ]
+            at_the_floor = f"; at the floor a kernel would be {', '.join(bounds)}" if bounds else ""
+            lines.append(
+                f"floor, {direction}: {mean:.0%} of it in the geometric mean, lowest {lowest:.0%} ({where})"
+                + at_the_floor
+            )
     return lines

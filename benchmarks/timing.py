@@ -36,13 +36,20 @@ class Timing:
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 3, device: str = "cpu"
-) -> dict[str, Timing]:
-    """Time each variant once a round, in turn; on a GPU the GPU's time, from an L2 cache that holds other things."""
+    variants: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 3, device: str = "cpu",
+    hot: bool = False,
+) -> dict[str, Timing]:  # fmt: skip
+    """Time each variant once a round, in turn; on a GPU the GPU's time, from an L2 cache that holds other things.
+
+    ``hot``: each call follows one of its own variant that is not timed, so that it finds in a CPU's caches what that
+    left there, and not what another variant did.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     clock = clock_of(device)
     for turn in range(warmup + rounds):
         for name, run in variants.items():
+            if hot:
+                run()
             result, elapsed = clock(run)
             del result  # outside the clock: freeing it is part of nobody's kernel
             if turn >= warmup:

@@ -30,19 +30,17 @@ constexpr int64_t kGap = 21 * kLine;
 constexpr auto kShortest = std::chrono::milliseconds(50);  // long enough to outlast a moment in which others run
 constexpr int kFewestPasses = 5;
 
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-
-std::unique_ptr<float, Free> allocate(int64_t count) {
+float* allocate(int64_t count) {
   const int64_t bytes = (count * int64_t{sizeof(float)} + kHugePage - 1) / kHugePage * kHugePage;
   void* p = std::aligned_alloc(kHugePage, bytes);
   if (p == nullptr) throw std::bad_alloc();
 #if defined(__linux__)
   madvise(p, bytes, MADV_HUGEPAGE);  // a wish: without huge pages the figure is what small ones give
 #endif
-  return std::unique_ptr<float, Free>(static_cast<float*>(p));
+  return static_cast<float*>(p);
 }
+
+int64_t stride(int64_t lines) { return lines * kLine + kGap; }
 
 // a, b and c begin at a cache line and are `lines` of them long.
 template <bool kStreaming>
@@ -67,30 +65,40 @@ void triad(float* a, const float* b, const float* c, int64_t lines) {
 
 }  // namespace
 
-double measure_bandwidth(int64_t bytes, int threads, bool streaming) {
-  const int64_t lines = bytes / (3 * kLine * int64_t{sizeof(float)});
-  if (lines < 1) throw std::invalid_argument("bytes: expected at least three cache lines, 192");
+void Triad::Free::operator()(float* p) const { std::free(p); }
+
+Triad::Triad(int64_t bytes, int threads)
+    : lines_(bytes / (3 * kLine * int64_t{sizeof(float)})),
+      threads_(threads),
+      memory_(lines_ < 1 || threads < 1 ? nullptr : allocate(3 * stride(lines_))) {
+  if (lines_ < 1) throw std::invalid_argument("bytes: expected at least three cache lines, 192");
   if (threads < 1) throw std::invalid_argument("threads: expected at least one");
-
-  const int64_t stride = lines * kLine + kGap;
-  const auto memory = allocate(3 * stride);
-  float *a = memory.get(), *b = a + stride, *c = b + stride;
   // Each page is first touched by the thread that will use it.
-  parallel_ranges(threads, lines, kLine, [=](int64_t begin, int64_t end) {
-    for (float* array : {a, b, c}) std::fill(array + begin * kLine, array + end * kLine, 1.0f);
+  parallel_ranges(threads_, lines_, kLine, [this](int64_t begin, int64_t end) {
+    for (int array = 0; array < 3; ++array) {
+      float* start = memory_.get() + array * stride(lines_);
+      std::fill(start + begin * kLine, start + end * kLine, 1.0f);
+    }
   });
+}
 
+void Triad::run(bool streaming) {
+  float *a = memory_.get(), *b = a + stride(lines_), *c = b + stride(lines_);
+  parallel_ranges(threads_, lines_, kLine, [=](int64_t begin, int64_t end) {
+    const auto run = streaming ? triad<true> : triad<false>;
+    run(a + begin * kLine, b + begin * kLine, c + begin * kLine, end - begin);
+  });
+}
+
+double Triad::bandwidth(bool streaming) {
   auto best = Clock::duration::max();
   const auto start = Clock::now();
-  for (int pass = 0; pass < kFewestPasses || Clock::now() - start < kShortest; ++pass) {
+  for (int i = 0; i < kFewestPasses || Clock::now() - start < kShortest; ++i) {
     const auto begun = Clock::now();
-    parallel_ranges(threads, lines, kLine, [=](int64_t begin, int64_t end) {
-      const auto run = streaming ? triad<true> : triad<false>;
-      run(a + begin * kLine, b + begin * kLine, c + begin * kLine, end - begin);
-    });
+    run(streaming);
     best = std::min(best, Clock::now() - begun);
   }
-  const double moved = static_cast<double>(3 * lines * kLine) * sizeof(float);
+  const double moved = static_cast<double>(3 * lines_ * kLine) * sizeof(float);
   return moved / std::chrono::duration<double>(std::max(best, Clock::duration(1))).count();
 }
 

@@ -30,8 +30,10 @@ constexpr int64_t kSliceElements = 32768;
 constexpr int64_t kMaxSlices = 256;
 // Planes: what is read in one go, if planes are small: those of several channels, as they lie side by side.
 constexpr int64_t kStretchBytes = 4096;
-// Across channels: channels of a group. Sums take 56 bytes a channel and slice, so slices of few rows must be narrow.
-constexpr int64_t kGroupChannels = 256;
+// Across channels: channels of a group, so many that the next row's are not far.
+constexpr int64_t kGroupChannels = 1024;
+// Rows of a slice, at least: its sums take 56 bytes a channel.
+constexpr int64_t kSliceRows = 128;
 // What a group's x may take to still lie in the L2 cache when its second pass begins.
 constexpr int64_t kGroupBytes = 512 * 1024;
 // What dz of a group may take, kept between its two passes.
@@ -48,7 +50,7 @@ class Grid {
     if (shape.rows) {
       height_ = shape.batch * shape.spatial;
       group_ = std::min(shape.channels, kGroupChannels);
-      extent_ = std::max(ceil_div(kSliceElements, group_), ceil_div(height_, kMaxSlices));
+      extent_ = std::max({ceil_div(kSliceElements, group_), kSliceRows, ceil_div(height_, kMaxSlices)});
       slices_ = ceil_div(height_, extent_);
       fits_cache_ = height_ * group_ * size <= kGroupBytes;
     } else {

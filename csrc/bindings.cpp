@@ -299,9 +299,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("pool_stats", &pool_stats, "The fields of vgkern.memory.MemoryStats, in order.");
   m.def("pool_set_limit", &set_memory_limit, py::arg("bytes"));
   m.def("pool_empty", &return_idle_memory);
-  m.def(
-      "measure_bandwidth", &measure_bandwidth, py::arg("bytes"), py::arg("threads"), py::arg("streaming"),
-      py::call_guard<py::gil_scoped_release>(),
-      "Bytes a second of a = b + k·c over `bytes` in all, with stores that bypass the caches or not; for benchmarks.");
+  py::class_<Triad>(m, "Triad", "a = b + k·c over arrays of `bytes` in all; for benchmarks.")
+      .def(py::init<int64_t, int>(), py::arg("bytes"), py::arg("threads"))
+      .def("run", &Triad::run, py::arg("streaming"), py::call_guard<py::gil_scoped_release>(),
+           "Once, with stores that bypass the caches or not.")
+      .def("bandwidth", &Triad::bandwidth, py::arg("streaming"), py::call_guard<py::gil_scoped_release>(),
+           "Bytes a second of the fastest of several passes.");
   m.def("use_isa", &use_isa, py::arg("name"), "Switch the whole process to an instruction set; ValueError if unknown.");
 }

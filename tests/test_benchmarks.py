@@ -161,7 +161,8 @@ def test_micro_runs_by_a_gpu_s_clock(fake_gpu, benchmarks, tmp_path, monkeypatch
     monkeypatch.setattr(floor, "measure_roof", floor.measure_copies)
     command = ("micro", "custom", "2,3,4,5", "--competitors", "eager", "--rounds", 2, "--out", tmp_path)
     assert benchmarks(*command) == 0
-    assert log.count("flush") == log.count("synchronize") == 2 * 2 * 5 + 2 * 2 * 10  # and the roof, twice
+    # Two passes of vgkern, eager and the two triads, in 5 rounds; and the roof, twice.
+    assert log.count("flush") == log.count("synchronize") == 2 * 4 * 5 + 2 * 2 * 10
     (forward, backward) = rows_of(tmp_path / "micro.csv")
     assert float(forward["vgkern_ms"]) == float(backward["eager_ms"]) == 1.0
 
@@ -271,13 +272,30 @@ def test_the_bandwidth_of_this_machine_is_measured():
     _C = pytest.importorskip("vgkern._C")
     for streaming in (False, True):
         # From a floppy disk's to that of no machine there is: a wrong unit does not pass.
-        assert 1e6 < _C.measure_bandwidth(2**22, 2, streaming) < 1e14
-    assert _C.measure_bandwidth(192, 1, False) > 0
-    for bad in ((191, 1, False), (2**20, 0, False)):
+        assert 1e6 < _C.Triad(2**22, 2).bandwidth(streaming) < 1e14
+    assert _C.Triad(192, 1).bandwidth(False) > 0
+    for bad in ((191, 1), (2**20, 0)):
         with pytest.raises(ValueError, match="expected at least"):
-            _C.measure_bandwidth(*bad)
+            _C.Triad(*bad)
     with pytest.raises(MemoryError):
-        _C.measure_bandwidth(2**60, 1, False)
+        _C.Triad(2**60, 1)
+
+
+def test_the_floor_is_timed_beside_the_layer():
+    contest = Contest(Configuration((8, 64, 28, 28)))
+    timings = measure(contest, [], 3)
+    for direction in report.DIRECTIONS:
+        assert {"vgkern", *floor.FLOOR_VARIANTS} <= set(timings[direction])
+    # The triad moves as many bytes as the layer and computes next to nothing.
+    fastest = min(timings["forward"][name].median for name in floor.FLOOR_VARIANTS)
+    assert 0 < fastest < 3 * timings["forward"]["vgkern"].median
+
+
+def test_a_hot_call_follows_one_of_its_own():
+    calls = []
+    timings = interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2, warmup=0, hot=True)
+    assert calls == ["a", "a", "b", "b"] * 2
+    assert all(len(timing.seconds) == 2 for timing in timings.values())
 
 
 def test_no_roof_where_there_is_no_probe():
