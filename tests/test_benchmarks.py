@@ -332,7 +332,8 @@ def test_measuring_times_every_variant_in_both_directions(monkeypatch):
     contest = Contest(Configuration(TINY))
     timings = measure(contest, ["eager", "compile"], 2, compare_record=True)
     for direction in report.DIRECTIONS:
-        assert set(timings[direction]) == {"vgkern", "eager", "compile", "recorded", "unrecorded"}
+        expected = {"vgkern", "eager", "compile", "recorded", "unrecorded", *floor.FLOOR_VARIANTS}
+        assert set(timings[direction]) == expected
         assert all(len(timing.seconds) == 2 for timing in timings[direction].values())
     assert len(contest.recording()["recorded"].leaves) == len(contest.recording()["unrecorded"].leaves) + 1
 
@@ -399,14 +400,14 @@ def test_the_compiler_leaves_nothing_behind(monkeypatch):
 
 def test_a_library_that_cannot_be_loaded_is_an_error_and_not_a_measurement():
     with pytest.raises(tcmalloc.WorkerError, match=r"did not take libnosuch\.so"):
-        tcmalloc.Worker("libnosuch.so", threads=1, rounds=2, device="cpu", record=True)
+        tcmalloc.Worker("libnosuch.so", threads=1, rounds=2, device="cpu", record=True, hot=False)
 
 
 def test_the_child_runs_under_tcmalloc_and_answers():
     library = tcmalloc.find_library()
     if library is None:
         pytest.skip(f"not run: {tcmalloc.MISSING}")
-    with tcmalloc.Worker(library, threads=1, rounds=2, device="cpu", record=True) as worker:
+    with tcmalloc.Worker(library, threads=1, rounds=2, device="cpu", record=True, hot=False) as worker:
         for shape in (TINY, (3, 4, 5, 6)):
             timings = worker.measure(Configuration(shape))
             assert set(timings) == set(report.DIRECTIONS)
@@ -453,7 +454,7 @@ def test_the_child_serves_a_line_at_a_time(tmp_path):
     """What the child does, here: settings, then configurations as JSON."""
     questions, answers = tmp_path / "questions", tmp_path / "answers"
     threads = torch.get_num_threads()
-    settings = {"threads": threads, "rounds": 2, "device": "cpu", "record": True}
+    settings = {"threads": threads, "rounds": 2, "device": "cpu", "record": True, "hot": False}
     asked = {"shape": TINY, "dtype": "float64", "activation": "silu"}
     questions.write_text("\n".join(map(json.dumps, (settings, asked))) + "\n")
     with questions.open() as source, answers.open("w") as target:
