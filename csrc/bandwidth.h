@@ -15,8 +15,8 @@ class Triad {
  public:
   Triad(int64_t bytes, int threads);
 
-  // Once. With `streaming` the stores go past the caches, where the machine has SSE2; without, a store of a line that is
-  // not cached reads it first, which is not counted.
+  // Once. With `streaming` the stores go past the caches, where the machine has SSE2; without, a store of a line that
+  // is not cached reads it first, which is not counted.
   void run(bool streaming);
   // Bytes a second of the fastest of several passes.
   double bandwidth(bool streaming);

@@ -571,7 +571,7 @@ struct ReducePass {
   using Element = T;
   using R = Opmath<T>;
   using Width = std::conditional_t<std::is_same_v<S, Vec<R>>, WidthOf<T, F::reads>, vgkern::Width<1, 1>>;
-  static constexpr int64_t kBandRows = kStrip;
+  static constexpr int64_t kBandRows = 4 * kStrip;  // what is added up for a stretch is worth a few rows more
 
   const Tile tile;
   const F activation{tile.activation_args};
