@@ -70,10 +70,15 @@ class HotNorms:
         self._pending_elements = 0
         self._known.clear()
 
-    def measure(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], max_norm: float) -> lists.Measured:
-        """As ``lists.measure``, by what is known and by measuring the rest; the order of the norms is another."""
+    def measure(
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], max_norm: float, *, plain: bool = False
+    ) -> lists.Measured:
+        """As ``lists.measure``, by what is known and by measuring the rest; the order of the norms is another.
+
+        ``plain``: it is known that all are ordinary CPU tensors.
+        """
         self._flush()
-        known = self._unchanged(parameters, gradients)
+        known = self._unchanged(parameters, gradients, plain)
         rest = [g for p, g in zip(parameters, gradients, strict=True) if id(p) not in known]
         if not known:
             return lists.measure(rest, 2.0, max_norm)
@@ -108,25 +113,36 @@ class HotNorms:
     # -- hooks ---------------------------------------------------------------------------------------------------------
 
     def _produced(self, parameter: Tensor) -> None:
-        gradient = parameter.grad
-        if gradient is None or not gradient.is_cpu or (dist.is_available() and dist.is_initialized()):
-            return
+        """Once for each parameter in each backward pass: what can wait is done for many at once."""
         self._pending[id(parameter)] = parameter
-        self._pending_elements += gradient.numel()
+        self._pending_elements += parameter.numel()
         if self._pending_elements >= _PENDING_ELEMENTS:
             self._flush()
 
     def _flush(self) -> None:
-        pairs = [(p, g) for p in self._pending.values() if (g := p.grad) is not None]
+        parameters = list(self._pending.values())
         self._pending.clear()
         self._pending_elements = 0
-        for (p, g), norm, sample in _measured(pairs):
+        if not parameters or (dist.is_available() and dist.is_initialized()) or not _measures_here():
+            return
+        plain = cpu.plain_gradients(parameters)
+        if plain and plain.arrays.dense:
+            parameters, gradients, arrays = plain
+        else:
+            pairs = [(p, g) for p in parameters if (g := p.grad) is not None and _is_dense(g)]
+            parameters, gradients = [p for p, _ in pairs], [g for _, g in pairs]
+            if not pairs:
+                return
+            arrays = cpu.read(gradients)
+        for p, g, norm, sample in zip(parameters, gradients, *cpu.dense_norms(arrays, len(gradients)), strict=True):
             self._known[id(p)] = _Known(g.data_ptr(), g._version, norm, sample)
 
     def _take(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        watched = [(p, g) for p, g in pairs if id(p) in self._handles]
-        for (p, _), norm, sample in _measured(watched):
-            self._reduced[id(p)] = (p, norm, sample)
+        watched = [(p, g) for p, g in pairs if id(p) in self._handles and _is_dense(g)]
+        if watched and _measures_here():
+            arrays = cpu.read([g for _, g in watched])
+            for (p, _), norm, sample in zip(watched, *cpu.dense_norms(arrays, len(watched)), strict=True):
+                self._reduced[id(p)] = (p, norm, sample)
 
     def _in_backward(self) -> bool:
         """Whether a backward pass runs; once in each, asks to hear of its end.
@@ -152,21 +168,20 @@ class HotNorms:
 
     # -- what is known -------------------------------------------------------------------------------------------------
 
-    def _unchanged(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> dict[int, float]:
+    def _unchanged(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], plain: bool) -> dict[int, float]:
         """{id of the parameter: norm}"""
         found = []
         for p, g in zip(parameters, gradients, strict=True):
             known = self._known.get(id(p))
-            if known and lists.is_plain(g) and (g.data_ptr(), g._version) == known[:2]:
+            if known and (plain or lists.is_plain(g)) and (g.data_ptr(), g._version) == known[:2]:
                 found.append((p, g, known))
         if not found:
             return {}
-        samples = torch.empty(len(found), dtype=torch.float64)
-        cpu.sample_norms([g for _, g, _ in found], samples)
+        samples = cpu.sample_norms(cpu.read([g for _, g, _ in found]), len(found))
         # Of zeros the first elements tell nothing: what is not known to be short is measured.
         return {
             id(p): known.norm
-            for (p, g, known), sample in zip(found, samples.tolist(), strict=True)
+            for (p, g, known), sample in zip(found, samples, strict=True)
             if sample == known.sample and (sample > 0 or g.numel() <= cpu.SAMPLED)
         }
 
@@ -176,12 +191,6 @@ def _is_dense(g: Tensor) -> bool:
     return g.is_cpu and lists.is_plain(g) and ops.is_dense(g)
 
 
-def _measured(pairs: list[tuple[Tensor, Tensor]]) -> Iterable[tuple[tuple[Tensor, Tensor], float, float]]:
-    """(pair, norm of its gradient, norm of the first elements) of those with a dense gradient."""
-    if backends.name_of("cpu") != "cpu":
-        return ()
-    found = cpu.dense_norms([g for _, g in pairs])
-    if found is None:
-        pairs = [(p, g) for p, g in pairs if _is_dense(g)]
-        found = cpu.dense_norms([g.detach() for _, g in pairs], checked=True) or ([], [])
-    return zip(pairs, *found, strict=True)
+def _measures_here() -> bool:
+    """Whether CPU tensors go to the C++ kernels."""
+    return backends.name_of("cpu") == "cpu"
