@@ -56,7 +56,7 @@ SYNC = "tests/test_sync_batch_norm.py"
 CPU_GRID = "tests/test_grid.py|cpu and float32"
 CPU_GRADIENTS = "tests/test_gradient_norms.py|cpu or threads"
 CLIPPING, CLIPPER = "tests/test_clipping.py", "tests/test_clipper.py"
-HOT = "vgkern/gradients/hot_norms.py"
+HOT = "csrc/known_norms.cpp"
 
 FUSION, FUSE = "vgkern/fusion/", "tests/test_fuse.py"
 
@@ -182,11 +182,12 @@ FAULTS = [
           "        if placement.is_shard():\n            parts",
           "        if placement.is_replicate():\n            parts",
           f"{CLIPPER}|fully_sharded"),
-    Fault("a changed version not noticed", HOT, "(g.data_ptr(), g._version) == known[:2]", "g.data_ptr() == known[0]",
+    Fault("a changed version not noticed", HOT, "known->second.version == version_of(gradient)", "true",
           f"{CLIPPER}|changed"),
-    Fault("a change behind autograd's back not noticed", HOT, "if sample == known.sample and (", "if (",
+    Fault("another gradient not noticed", HOT, "known->second.address == array.data", "true", f"{CLIPPER}|changed"),
+    Fault("a change behind autograd's back not noticed", HOT, "sample == known->second.sample && (", "(",
           f"{CLIPPER}|changed"),
-    Fault("a beginning of zeros trusted", HOT, "(sample > 0 or g.numel() <= cpu.SAMPLED)", "True",
+    Fault("a beginning of zeros trusted", HOT, "(sample > 0 || array.count <= kSampled)", "true",
           f"{CLIPPER}|beginning"),
     Fault("norms of the last step kept", "vgkern/gradients/clipper.py",
           "        self._give_back()\n        self._hot.forget()\n", "        self._give_back()\n",

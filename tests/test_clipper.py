@@ -118,11 +118,18 @@ def _masked(g):
     g[:, ::2] = 0
 
 
+def _replaced_behind_the_beginning(p):
+    replacement = p.grad.clone()
+    replacement.data[200:] *= 3.0  # of the same version
+    p.grad = replacement
+
+
 CHANGES = {
     "in place": lambda net: net[0].weight.grad.mul_(3.0),
     "in place, behind what is sampled": lambda net: _masked(net[0].weight.grad[200:]),
     "data": lambda net: net[0].weight.grad.data.mul_(3.0),
     "replaced": lambda net: setattr(net[0].weight, "grad", torch.ones(300, 6, dtype=torch.float64)),
+    "replaced by one that begins alike": lambda net: _replaced_behind_the_beginning(net[0].weight),
     "unscaled": lambda net: torch._amp_foreach_non_finite_check_and_unscale_(
         [p.grad for p in net.parameters()], torch.zeros(()), torch.full((), 0.25)
     ),

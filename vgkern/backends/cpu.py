@@ -228,6 +228,11 @@ def scale_gradients_(tensors: Sequence[Tensor], factor: Tensor) -> None:
     _C.scale_arrays(arrays, value, torch.get_num_threads())
 
 
+def known_norms() -> Any:
+    """An empty ``KnownNorms`` of the extension, which measures and remembers; None without the extension."""
+    return None if _C is None else _C.KnownNorms()
+
+
 def clip_norm_(
     gradients: PlainGradients, norm_type: float, max_norm: float, only_if_finite: bool
 ) -> tuple[Tensor, float]:

@@ -182,7 +182,7 @@ class GradientClipper:
         if not gradients:
             self.total_norm = torch.zeros((), dtype=torch.float64)
             return
-        _, total, factor = self._hot.measure(parameters, gradients, self.max_norm, plain=plain is not None)
+        _, total, factor = self._hot.measure(parameters, gradients, self.max_norm, plain and plain.arrays)
         scale = getattr(self.optimizer, "grad_scale", None)  # GradScaler's: the gradients are that many times too large
         if scale is not None:
             total = total / scale.to(total)

@@ -9,7 +9,7 @@ measured when it is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,15 +27,6 @@ __all__ = ["HotNorms"]
 _PENDING_ELEMENTS = 1 << 22
 
 
-class _Known(NamedTuple):
-    """What was measured of a gradient, and how to tell that it is still the same one."""
-
-    address: int
-    version: int
-    norm: float
-    sample: float
-
-
 class HotNorms:
     """L2 norms of the gradients of parameters, by hooks on these.
 
@@ -47,7 +38,7 @@ class HotNorms:
         self._handles: dict[int, RemovableHandle] = {}
         self._pending: dict[int, Tensor] = {}
         self._pending_elements = 0
-        self._known: dict[int, _Known] = {}
+        self._known = cpu.known_norms()
         self._reduced: dict[int, tuple[Tensor, float, float]] = {}
         self._backward = -1
         self._closed = False
@@ -68,21 +59,21 @@ class HotNorms:
     def forget(self) -> None:
         self._pending.clear()
         self._pending_elements = 0
-        self._known.clear()
+        if self._known:
+            self._known.forget()
 
     def measure(
-        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], max_norm: float, *, plain: bool = False
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], max_norm: float, arrays: Any = None
     ) -> lists.Measured:
         """As ``lists.measure``, by what is known and by measuring the rest; the order of the norms is another.
 
-        ``plain``: it is known that all are ordinary CPU tensors.
+        ``arrays``: the gradients as the extension takes them, where all are ordinary CPU tensors.
         """
         self._flush()
-        known = self._unchanged(parameters, gradients, plain)
-        rest = [g for p, g in zip(parameters, gradients, strict=True) if id(p) not in known]
+        known, rest = self._unchanged(parameters, gradients, arrays)
         if not known:
             return lists.measure(rest, 2.0, max_norm)
-        norms = torch.tensor(list(known.values()), dtype=torch.float64)
+        norms = torch.tensor(known, dtype=torch.float64)
         if rest:
             more = lists.measure(rest, 2.0, max_norm).norms
             norms = torch.cat([norms.to(more), more])
@@ -134,8 +125,7 @@ class HotNorms:
             if not pairs:
                 return
             arrays = cpu.read(gradients)
-        for p, g, norm, sample in zip(parameters, gradients, *cpu.dense_norms(arrays, len(gradients)), strict=True):
-            self._known[id(p)] = _Known(g.data_ptr(), g._version, norm, sample)
+        self._known.take(parameters, gradients, arrays, torch.get_num_threads())
 
     def _take(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         watched = [(p, g) for p, g in pairs if id(p) in self._handles and _is_dense(g)]
@@ -163,27 +153,23 @@ class HotNorms:
         for p, norm, sample in self._reduced.values():
             g = p.grad
             if g is not None and _is_dense(g):
-                self._known[id(p)] = _Known(g.data_ptr(), g._version, norm, sample)
+                self._known.add(p, g, norm, sample)
         self._reduced.clear()
 
     # -- what is known -------------------------------------------------------------------------------------------------
 
-    def _unchanged(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], plain: bool) -> dict[int, float]:
-        """{id of the parameter: norm}"""
-        found = []
-        for p, g in zip(parameters, gradients, strict=True):
-            known = self._known.get(id(p))
-            if known and (plain or lists.is_plain(g)) and (g.data_ptr(), g._version) == known[:2]:
-                found.append((p, g, known))
-        if not found:
-            return {}
-        samples = cpu.sample_norms(cpu.read([g for _, g, _ in found]), len(found))
-        # Of zeros the first elements tell nothing: what is not known to be short is measured.
-        return {
-            id(p): known.norm
-            for (p, g, known), sample in zip(found, samples, strict=True)
-            if sample == known.sample and (sample > 0 or g.numel() <= cpu.SAMPLED)
-        }
+    def _unchanged(
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], arrays: Any
+    ) -> tuple[list[float], list[Tensor]]:
+        """(norms of those that are known, the other gradients)"""
+        if not self._known:
+            return [], list(gradients)
+        if arrays is not None:
+            return self._known.unchanged(parameters, gradients, arrays)
+        pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if _is_dense(g)]
+        dense = [g for _, g in pairs]
+        norms, rest = self._known.unchanged([p for p, _ in pairs], dense, cpu.read(dense))
+        return norms, rest + [g for g in gradients if not _is_dense(g)]
 
 
 def _is_dense(g: Tensor) -> bool:
