@@ -9,6 +9,7 @@
 #include "batch_norm.h"
 #include "dispatch.h"
 #include "gradient_norm.h"
+#include "known_norms.h"
 #include "memory_pool.h"
 #include "parallel.h"
 #include "tensors.h"
@@ -160,10 +161,20 @@ void norms(const Arrays& arrays, double p, double max_norm, int threads, Pointer
 
 void samples(const Arrays& arrays, Pointer norms) { sample_norms(kernels(), arrays.list, to<double>(norms)); }
 
+void add_known(KnownNorms& known, py::handle parameter, py::handle gradient, double norm, double sample) {
+  known.add(parameter, gradient, reinterpret_cast<const void*>(address_of(gradient)), norm, sample);
+}
+
 void scale(const Arrays& arrays, double factor, int threads) { scale_arrays(kernels(), arrays.list, factor, threads); }
 
-std::vector<bool> clip(const Arrays& weights, const Arrays& gradients, double clip_factor, double eps, double p,
-                       int threads) {
+// (total, factor), the factor being that which the arrays were scaled by.
+std::pair<double, double> clip_all(const Arrays& arrays, double p, double max_norm, bool only_if_finite, int threads) {
+  const Norms all = clip_arrays(kernels(), arrays.list, p, max_norm, only_if_finite, threads);
+  return {all.total, all.factor};
+}
+
+std::vector<bool> clip_by_unit(const Arrays& weights, const Arrays& gradients, double clip_factor, double eps, double p,
+                               int threads) {
   return clip_units(kernels(), weights.list, gradients.list, clip_factor, eps, p, threads);
 }
 
@@ -272,14 +283,25 @@ PYBIND11_MODULE(_C, m) {
   m.def("gradient_norms", &norms, py::call_guard<py::gil_scoped_release>());
   m.def("sample_norms", &samples, py::call_guard<py::gil_scoped_release>());
   m.def("scale_arrays", &scale, py::call_guard<py::gil_scoped_release>());
-  m.def("clip_units", &clip, py::call_guard<py::gil_scoped_release>());
+  m.def("clip_arrays", &clip_all, py::call_guard<py::gil_scoped_release>());
+  m.def("clip_units", &clip_by_unit, py::call_guard<py::gil_scoped_release>());
   py::class_<Arrays>(m, "Arrays", "What the functions on lists take: addresses, counts and types of tensors.")
       .def(py::init(&described_arrays))
       .def_readonly("dense", &Arrays::dense, "Whether each is a stretch of memory.")
       .def_readonly("unit_wise", &Arrays::unit_wise, "Whether the units of each lie one behind the other.");
+  py::class_<KnownNorms>(m, "KnownNorms", "L2 norms of gradients, for as long as these stay as they are.")
+      .def(py::init())
+      .def("take", &KnownNorms::take, py::arg("parameters"), py::arg("gradients"), py::arg("arrays"),
+           py::arg("threads"), "Measure dense gradients, and remember.")
+      .def("add", &add_known, py::arg("parameter"), py::arg("gradient"), py::arg("norm"), py::arg("sample"))
+      .def("unchanged", &KnownNorms::unchanged, py::arg("parameters"), py::arg("gradients"), py::arg("arrays"),
+           "(norms of those that are known and seem unchanged, the other gradients)")
+      .def("forget", &KnownNorms::forget)
+      .def("__len__", &KnownNorms::size);
   m.def("use_tensor_types", &use_tensor_types, py::arg("tensor"), py::arg("parameter"));
   m.def("plain_gradients", &plain_gradients, py::arg("parameters"),
-        "(parameters, gradients) of those that have one, each gradient once; None if one is no plain CPU tensor.");
+        "(parameters, gradients, Arrays of these) of those that have one, each gradient once; None if one is no plain "
+        "CPU tensor.");
   m.def("read_tensors", &read_tensors, py::arg("tensors"), "Arrays of plain CPU tensors; None if one is not.");
   m.def("update_running_statistics", &update_running_statistics);
   m.def("are_ordinary", &are_ordinary);

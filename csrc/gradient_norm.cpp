@@ -14,13 +14,25 @@ constexpr int64_t kChunkElements = 16384;
 
 struct Chunk {
   int64_t array, first, count;
+  int64_t before;  // elements of all chunks before this one
 };
 
-std::vector<Chunk> chunks_of(const std::vector<Array>& arrays) {
-  std::vector<Chunk> chunks;
+struct Chunks {
+  std::vector<Chunk> list;
+  int64_t elements = 0;
+
+  void add(int64_t array, int64_t first, int64_t count) {
+    list.push_back({array, first, count, elements});
+    elements += count;
+  }
+};
+
+Chunks chunks_of(const std::vector<Array>& arrays) {
+  Chunks chunks;
+  chunks.list.reserve(arrays.size());
   for (size_t i = 0; i < arrays.size(); ++i) {
     for (int64_t first = 0; first < arrays[i].count; first += kChunkElements) {
-      chunks.push_back({static_cast<int64_t>(i), first, std::min(kChunkElements, arrays[i].count - first)});
+      chunks.add(static_cast<int64_t>(i), first, std::min(kChunkElements, arrays[i].count - first));
     }
   }
   return chunks;
@@ -31,13 +43,17 @@ char* address(const Array& array, int64_t element) {
   return static_cast<char*>(array.data) + element * item;
 }
 
-// Calls f(begin, end) for ranges of chunks that make up all of them.
+// Calls f(i) for all chunks, on each thread in order and for about as many elements.
 template <class F>
-void ranges_of(const std::vector<Chunk>& chunks, int threads, F f) {
-  int64_t elements = 0;
-  for (const Chunk& chunk : chunks) elements += chunk.count;
-  const int64_t count = static_cast<int64_t>(chunks.size());
-  parallel_ranges(threads, count, count == 0 ? 0 : std::max<int64_t>(1, elements / count), f);
+void for_each_chunk(const Chunks& chunks, int threads, F f) {
+  const auto begin = [&](int64_t thread) {
+    const auto is_earlier = [](const Chunk& chunk, int64_t element) { return chunk.before < element; };
+    const auto& list = chunks.list;
+    return std::lower_bound(list.begin(), list.end(), chunks.elements * thread / threads, is_earlier) - list.begin();
+  };
+  parallel_ranges(threads, threads, chunks.elements / threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = begin(first), end = begin(last); i < end; ++i) f(i);
+  });
 }
 
 NormKind kind_of(double p) { return p == 1 ? kMagnitudes : p == 2 ? kSquares : std::isinf(p) ? kLargest : kPowers; }
@@ -75,25 +91,23 @@ double norm_of(const NormPart& part, NormKind kind, double p) {
   }
 }
 
-}  // namespace
-
-Norms gradient_norms(const KernelTable& table, const std::vector<Array>& arrays, double p, double max_norm, int threads,
-                     double* norms) {
+// norms may be null.
+Norms norms_of(const KernelTable& table, const std::vector<Array>& arrays, const Chunks& chunks, double p,
+               double max_norm, int threads, double* norms) {
   const NormKind kind = kind_of(p);
-  const std::vector<Chunk> chunks = chunks_of(arrays);
-  std::vector<NormPart> parts(chunks.size());
-  ranges_of(chunks, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Array& array = arrays[chunks[i].array];
-      parts[i] = table.norm[array.dtype](address(array, chunks[i].first), chunks[i].count, kind, p);
-    }
+  std::vector<NormPart> parts(chunks.list.size());
+  for_each_chunk(chunks, threads, [&](int64_t i) {
+    const Chunk& chunk = chunks.list[i];
+    const Array& array = arrays[chunk.array];
+    const int64_t following = array.count - chunk.first - chunk.count;
+    parts[i] = table.norm[array.dtype](address(array, chunk.first), chunk.count, following, kind, p);
   });
   std::vector<NormPart> of_arrays(arrays.size());
   const NormPart* part = parts.data();
   for (size_t i = 0; i < arrays.size(); ++i) {
     const NormPart* end = part + (arrays[i].count + kChunkElements - 1) / kChunkElements;
     of_arrays[i] = merge(part, end, kind, p);
-    norms[i] = norm_of(of_arrays[i], kind, p);
+    if (norms != nullptr) norms[i] = norm_of(of_arrays[i], kind, p);
     part = end;
   }
   const double total = norm_of(merge(of_arrays.data(), of_arrays.data() + of_arrays.size(), kind, p), kind, p);
@@ -101,21 +115,44 @@ Norms gradient_norms(const KernelTable& table, const std::vector<Array>& arrays,
   return {total, factor > 1 ? 1 : factor};
 }
 
-void sample_norms(const KernelTable& table, const std::vector<Array>& arrays, double* norms) {
-  for (size_t i = 0; i < arrays.size(); ++i) {
-    const Array& array = arrays[i];
-    norms[i] = norm_of(table.norm[array.dtype](array.data, std::min(array.count, kSampled), kSquares, 2), kSquares, 2);
-  }
+// In the order of norms_of, and not back from its end: what the caches still hold saves less than memory that is
+// walked against its order costs.
+void scale_chunks(const KernelTable& table, const std::vector<Array>& arrays, const Chunks& chunks, double factor,
+                  int threads) {
+  for_each_chunk(chunks, threads, [&](int64_t i) {
+    const Chunk& chunk = chunks.list[i];
+    const Array& array = arrays[chunk.array];
+    const int64_t following = array.count - chunk.first - chunk.count;
+    table.scale[array.dtype](address(array, chunk.first), chunk.count, following, factor);
+  });
+}
+
+}  // namespace
+
+Norms gradient_norms(const KernelTable& table, const std::vector<Array>& arrays, double p, double max_norm, int threads,
+                     double* norms) {
+  return norms_of(table, arrays, chunks_of(arrays), p, max_norm, threads, norms);
 }
 
 void scale_arrays(const KernelTable& table, const std::vector<Array>& arrays, double factor, int threads) {
-  const std::vector<Chunk> chunks = chunks_of(arrays);
-  ranges_of(chunks, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = end; i-- > begin;) {
-      const Array& array = arrays[chunks[i].array];
-      table.scale[array.dtype](address(array, chunks[i].first), chunks[i].count, factor);
-    }
-  });
+  scale_chunks(table, arrays, chunks_of(arrays), factor, threads);
+}
+
+Norms clip_arrays(const KernelTable& table, const std::vector<Array>& arrays, double p, double max_norm,
+                  bool only_if_finite, int threads) {
+  const Chunks chunks = chunks_of(arrays);
+  Norms all = norms_of(table, arrays, chunks, p, max_norm, threads, nullptr);
+  if (only_if_finite && !std::isfinite(all.total)) all.factor = 1;
+  if (all.factor != 1) scale_chunks(table, arrays, chunks, all.factor, threads);
+  return all;
+}
+
+void sample_norms(const KernelTable& table, const std::vector<Array>& arrays, double* norms) {
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    const Array& array = arrays[i];
+    const NormPart part = table.norm[array.dtype](array.data, std::min(array.count, kSampled), 0, kSquares, 2);
+    norms[i] = norm_of(part, kSquares, 2);
+  }
 }
 
 std::vector<bool> clip_units(const KernelTable& table, const std::vector<Array>& weights,
@@ -123,41 +160,41 @@ std::vector<bool> clip_units(const KernelTable& table, const std::vector<Array>&
                              int threads) {
   const NormKind kind = kind_of(p);
   // Chunks of whole units: as many as fit, so that a gradient is still in the cache when it is scaled.
-  std::vector<Chunk> chunks;
+  Chunks chunks;
   for (size_t i = 0; i < gradients.size(); ++i) {
     const int64_t units = gradients[i].count == 0 ? 0 : gradients[i].units;
     const int64_t unit = units == 0 ? 0 : gradients[i].count / units;
     const int64_t step = units == 0 ? 1 : std::max<int64_t>(1, kChunkElements / unit);
     for (int64_t first = 0; first < units; first += step) {
-      chunks.push_back({static_cast<int64_t>(i), first * unit, std::min(step, units - first) * unit});
+      chunks.add(static_cast<int64_t>(i), first * unit, std::min(step, units - first) * unit);
     }
   }
-  std::vector<char> written(chunks.size(), false);
-  ranges_of(chunks, threads, [&](int64_t begin, int64_t end) {
-    std::vector<double> limits;
-    for (int64_t i = begin; i < end; ++i) {
-      const Array &weight = weights[chunks[i].array], &gradient = gradients[chunks[i].array];
-      const int64_t unit = gradient.count / gradient.units, first = chunks[i].first, last = first + chunks[i].count;
-      const auto norm = [&](const Array& array, int64_t at) {
-        return norm_of(table.norm[array.dtype](address(array, at), unit, kind, p), kind, p);
-      };
-      // All of the weights first: one stretch of memory, and then another.
-      limits.clear();
-      for (int64_t at = first; at < last; at += unit) {
-        limits.push_back(clip_factor * std::max(norm(weight, at), eps));  // max keeps NaN
-      }
-      const double* limit = limits.data();
-      for (int64_t at = first; at < last; at += unit, ++limit) {
-        const double found = norm(gradient, at);
-        if (found <= *limit) continue;
-        table.scale[gradient.dtype](address(gradient, at), unit, *limit / found);
-        written[i] = true;
-      }
+  std::vector<char> written(chunks.list.size(), false);
+  for_each_chunk(chunks, threads, [&](int64_t i) {
+    const Chunk& chunk = chunks.list[i];
+    const Array &weight = weights[chunk.array], &gradient = gradients[chunk.array];
+    const int64_t unit = gradient.count / gradient.units, last = chunk.first + chunk.count;
+    const auto norm = [&](const Array& array, int64_t at) {
+      const int64_t following = array.count - at - unit;
+      return norm_of(table.norm[array.dtype](address(array, at), unit, following, kind, p), kind, p);
+    };
+    // All of the weights first: one stretch of memory, and then another.
+    std::vector<double> limits(chunk.count / unit);
+    double* limit = limits.data();
+    for (int64_t at = chunk.first; at < last; at += unit) {
+      *limit++ = clip_factor * std::max(norm(weight, at), eps);  // max keeps NaN
+    }
+    limit = limits.data();
+    for (int64_t at = chunk.first; at < last; at += unit, ++limit) {
+      const double found = norm(gradient, at);
+      if (found <= *limit) continue;
+      table.scale[gradient.dtype](address(gradient, at), unit, 0, *limit / found);
+      written[i] = true;
     }
   });
   std::vector<bool> result(gradients.size(), false);
-  for (size_t i = 0; i < chunks.size(); ++i) {
-    if (written[i]) result[chunks[i].array] = true;
+  for (size_t i = 0; i < written.size(); ++i) {
+    if (written[i]) result[chunks.list[i].array] = true;
   }
   return result;
 }

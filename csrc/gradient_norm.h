@@ -31,9 +31,13 @@ Norms gradient_norms(const KernelTable& table, const std::vector<Array>& arrays,
 constexpr int64_t kSampled = 1024;
 void sample_norms(const KernelTable& table, const std::vector<Array>& arrays, double* norms);
 
-// x ← x·factor for all elements of all arrays, rounded once; in half precision towards 0. Begins where gradient_norms
-// ended, with what is still in the caches.
+// x ← x·factor for all elements of all arrays, rounded once; in half precision towards 0.
 void scale_arrays(const KernelTable& table, const std::vector<Array>& arrays, double factor, int threads);
+
+// Both: gradient_norms, and scale_arrays by its factor where that is not 1; with `only_if_finite`, not where the total
+// is inf or NaN. Returns the factor that the arrays were scaled by, 1 where they were not written.
+Norms clip_arrays(const KernelTable& table, const std::vector<Array>& arrays, double p, double max_norm,
+                  bool only_if_finite, int threads);
 
 // Adaptive clipping (Brock et al. 2021, arXiv:2102.06171): each unit of gradient i whose norm exceeds
 // clip_factor·max(norm of the same unit of weight i, eps) is scaled down to that; NaN where one of the norms is. The

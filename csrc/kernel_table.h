@@ -125,8 +125,9 @@ struct KernelTable {
   bool (*apply_math_float)(const char* name, const float* in, float* out, int64_t count);
   bool (*apply_math_coarse)(const char* name, const float* in, float* out, int64_t count);
   bool (*apply_math_double)(const char* name, const double* in, double* out, int64_t count);
-  NormPart (*norm[kDataTypes])(const void* x, int64_t count, NormKind kind, double p);  // 1 unit
-  void (*scale[kDataTypes])(void* x, int64_t count, double factor);                     // 2 units
+  // `following` elements lie behind the `count` of x and are to be worked on next: they are prefetched.
+  NormPart (*norm[kDataTypes])(const void* x, int64_t count, int64_t following, NormKind kind, double p);  // 1 unit
+  void (*scale[kDataTypes])(void* x, int64_t count, int64_t following, double factor);                     // 2 units
 };
 
 constexpr int kIdentity = 0;

@@ -7,16 +7,26 @@
 namespace vgkern {
 namespace {
 
+// How far ahead of itself a walk asks for memory. The processor's own prefetching ends with each page of 4 KiB, as the
+// memory of gradients has them; this one crosses into the next two, and their addresses are translated meanwhile.
+template <class T>
+constexpr int64_t kAhead = 8192 / static_cast<int64_t>(sizeof(T));
+
 // Calls body(chain, x) for all vectors of x, `chain` being 0 or 1 in turn: two chains of additions run side by side.
-// Missing lanes of the last vector are 0.
+// Missing lanes of the last vector are 0. The `following` elements behind x are those that are read next.
 template <class T, class Body>
-VGKERN_INLINE void each_vector(const T* x, int64_t count, Body body) {
+VGKERN_INLINE void each_vector(const T* x, int64_t count, int64_t following, Body body) {
   using R = Opmath<T>;
   constexpr int64_t kStep = kLanes<R>;
   constexpr std::integral_constant<int, 0> kFirst;
   constexpr std::integral_constant<int, 1> kSecond;
+  const int64_t asked = count + following - kAhead<T>;
   int64_t i = 0;
   for (; i + 2 * kStep <= count; i += 2 * kStep) {
+    if (i < asked) {
+      __builtin_prefetch(x + i + kAhead<T>);
+      if (sizeof(T) * kStep == 64) __builtin_prefetch(x + i + kAhead<T> + kStep);  // two vectors are two cache lines
+    }
     body(kFirst, load(x + i));
     body(kSecond, load(x + i + kStep));
   }
@@ -29,20 +39,21 @@ VGKERN_INLINE void each_vector(const T* x, int64_t count, Body body) {
 
 // Σ f(x), f(sum, x) being sum + the term of x, in doubles.
 template <class T, class F>
-VGKERN_INLINE double wide_sum(const T* x, int64_t count, F f) {
+VGKERN_INLINE double wide_sum(const T* x, int64_t count, int64_t following, F f) {
   using R = Opmath<T>;
   Wide<R> sums[2] = {Wide<R>(0.0), Wide<R>(0.0)};
-  each_vector(x, count, [&](auto chain, Vec<R> v) VGKERN_LAMBDA { sums[chain] = f(sums[chain], Wide<R>(v)); });
+  each_vector(x, count, following,
+              [&](auto chain, Vec<R> v) VGKERN_LAMBDA { sums[chain] = f(sums[chain], Wide<R>(v)); });
   return sum(sums[0] + sums[1]);
 }
 
 // The largest magnitude; NaN if there is one.
 template <class T>
-VGKERN_INLINE double largest(const T* x, int64_t count) {
+VGKERN_INLINE double largest(const T* x, int64_t count, int64_t following) {
   using R = Opmath<T>;
   Vec<R> most[2] = {Vec<R>(0), Vec<R>(0)};
   Mask<R> nan[2] = {is_nan(most[0]), is_nan(most[1])};
-  each_vector(x, count, [&](auto chain, Vec<R> v) VGKERN_LAMBDA {
+  each_vector(x, count, following, [&](auto chain, Vec<R> v) VGKERN_LAMBDA {
     most[chain] = max(abs(v), most[chain]);  // the second where the first is NaN
     nan[chain] = nan[chain] | is_nan(v);
   });
@@ -78,14 +89,14 @@ VGKERN_INLINE Vec<double> raise(Vec<double> x, double p) {
 
 // Σ|x|ᵖ, x divided by a power of two near its largest magnitude: no power leaves float64 for any finite x.
 template <class T>
-NormPart scaled_norm(const T* x, int64_t count, NormKind kind, double p) {
+NormPart scaled_norm(const T* x, int64_t count, int64_t following, NormKind kind, double p) {
   using R = Opmath<T>;
-  const double most = largest(x, count);
+  const double most = largest(x, count, following);
   if (most == 0) return {0, 0};
   if (!(most <= std::numeric_limits<double>::max())) return {kLargestNormScale, most};
   const double scale = power_of_two(most);
   const Wide<R> reciprocal(1 / scale);
-  return {scale, wide_sum(x, count, [&](Wide<R> sum, Wide<R> v) VGKERN_LAMBDA {
+  return {scale, wide_sum(x, count, 0, [&](Wide<R> sum, Wide<R> v) VGKERN_LAMBDA {
             v = v * reciprocal;
             if (kind == kSquares) return fma(v, v, sum);
             unroll<Wide<R>::kVecs>([&](auto i) VGKERN_LAMBDA {
@@ -97,23 +108,23 @@ NormPart scaled_norm(const T* x, int64_t count, NormKind kind, double p) {
 }
 
 template <class T>
-NormPart norm_part(const void* data, int64_t count, NormKind kind, double p) {
+NormPart norm_part(const void* data, int64_t count, int64_t following, NormKind kind, double p) {
   using R = Opmath<T>;
   const T* x = static_cast<const T*>(data);
-  if (kind == kLargest) return {1, largest(x, count)};
-  if (kind == kPowers) return scaled_norm(x, count, kind, p);
+  if (kind == kLargest) return {1, largest(x, count, following)};
+  if (kind == kPowers) return scaled_norm(x, count, following, kind, p);
   double total;
   if (kind == kSquares) {
-    total = wide_sum(x, count, [](Wide<R> sum, Wide<R> v) VGKERN_LAMBDA { return fma(v, v, sum); });
+    total = wide_sum(x, count, following, [](Wide<R> sum, Wide<R> v) VGKERN_LAMBDA { return fma(v, v, sum); });
   } else {
-    total = wide_sum(x, count, [](Wide<R> sum, Wide<R> v) VGKERN_LAMBDA {
+    total = wide_sum(x, count, following, [](Wide<R> sum, Wide<R> v) VGKERN_LAMBDA {
       unroll<Wide<R>::kVecs>([&](auto i) VGKERN_LAMBDA { v.vec[i] = abs(v.vec[i]); });
       return sum + v;
     });
   }
   // The square of any float is a normal double. That of a double may not be, and takes a second look.
   if constexpr (sizeof(T) == 8) {
-    if (!(total > 0x1p-900 && total < 0x1p1000)) return scaled_norm(x, count, kind, p);
+    if (!(total > 0x1p-900 && total < 0x1p1000)) return scaled_norm(x, count, following, kind, p);
   }
   if (!(total <= std::numeric_limits<double>::max())) return {kLargestNormScale, total};
   return {1, total};
@@ -139,11 +150,13 @@ VGKERN_INLINE Vec<R> toward_zero(Vec<R> v) {
 
 // x·factor, multiplied in float64: a factor that is no normal float keeps its digits.
 template <class T>
-void scale_array(void* data, int64_t count, double factor) {
+void scale_array(void* data, int64_t count, int64_t following, double factor) {
   using R = Opmath<T>;
   T* x = static_cast<T*>(data);
   const Wide<R> wide_factor(factor);
+  const int64_t asked = count + following - kAhead<T>;
   for (int64_t i = 0; i < count; i += kLanes<R>) {
+    if (i < asked) __builtin_prefetch(x + i + kAhead<T>, 1);
     if (count - i >= kLanes<R>) {
       store(x + i, toward_zero<T>(narrow(Wide<R>(load(x + i)) * wide_factor)));
     } else {

@@ -3,7 +3,6 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <unordered_set>
 #include <utility>
 
 #include "dlpack.h"
@@ -56,6 +55,28 @@ void add(Arrays& arrays, void* data, int dtype, int64_t rank, const int64_t* sha
   arrays.unit_wise = arrays.unit_wise && arrays.dense && (units == 1 || strides[0] == count / units);
 }
 
+// Addresses of up to `most` objects, in one stretch of memory: std::unordered_set allocates for each, which takes as
+// long as all else that is done to a gradient.
+class Addresses {
+ public:
+  explicit Addresses(size_t most) {
+    size_t size = 16;  // a power of two, so that & finds the slot; half of the slots stay free
+    while (size < 2 * most) size *= 2;
+    slots_.assign(size, nullptr);
+  }
+
+  // False if it was there.
+  bool insert(const void* object) {
+    const size_t last = slots_.size() - 1;
+    size_t i = reinterpret_cast<uintptr_t>(object) * uint64_t{0x9e3779b97f4a7c15} >> 32;  // 2⁶⁴ / golden ratio
+    while (slots_[i & last] != nullptr && slots_[i & last] != object) ++i;
+    return std::exchange(slots_[i & last], object) == nullptr;
+  }
+
+ private:
+  std::vector<const void*> slots_;
+};
+
 bool is_plain(PyObject* object) { return Py_TYPE(object) == tensor_type || Py_TYPE(object) == parameter_type; }
 
 // Whether the tensor, of one of the two types, was added.
@@ -91,8 +112,7 @@ py::object plain_gradients(py::sequence parameters) {
   static PyObject* const name = PyUnicode_InternFromString("grad");
   if (describe == nullptr) return py::none();
   py::list with_gradient, gradients;
-  std::unordered_set<PyObject*> seen;
-  seen.reserve(parameters.size());
+  Addresses seen(parameters.size());
   Arrays arrays{{}, true, true};
   arrays.list.reserve(parameters.size());
   for (py::handle parameter : parameters) {
@@ -102,12 +122,12 @@ py::object plain_gradients(py::sequence parameters) {
     if (!gradient) throw py::error_already_set();
     if (gradient.is_none()) continue;
     if (!is_plain(gradient.ptr())) return py::none();
-    if (!seen.insert(gradient.ptr()).second) continue;
+    if (!seen.insert(gradient.ptr())) continue;
     if (!read(gradient.ptr(), arrays)) return py::none();
     with_gradient.append(parameter);
     gradients.append(std::move(gradient));
   }
-  return py::make_tuple(std::move(with_gradient), std::move(gradients));
+  return py::make_tuple(std::move(with_gradient), std::move(gradients), py::cast(std::move(arrays)));
 }
 
 py::object read_tensors(py::sequence tensors) {

@@ -22,8 +22,8 @@ struct Arrays {
 // one (torch 2.9) those find no plain tensor.
 void use_tensor_types(pybind11::type tensor, pybind11::type parameter);
 
-// (parameters, gradients), lists, of those that have a gradient, each gradient once; None if a gradient is not plain
-// CPU memory of the kernels' types.
+// (parameters, gradients, Arrays of the gradients) of those that have a gradient, each gradient once; None if a
+// gradient is not plain CPU memory of the kernels' types.
 pybind11::object plain_gradients(pybind11::sequence parameters);
 
 // None if one is not plain CPU memory of the kernels' types.

@@ -56,7 +56,7 @@ SYNC = "tests/test_sync_batch_norm.py"
 CPU_GRID = "tests/test_grid.py|cpu and float32"
 CPU_GRADIENTS = "tests/test_gradient_norms.py|cpu or threads"
 CLIPPING, CLIPPER = "tests/test_clipping.py", "tests/test_clipper.py"
-HOT = "vgkern/gradients/hot_norms.py"
+HOT = "csrc/known_norms.cpp"
 
 FUSION, FUSE = "vgkern/fusion/", "tests/test_fuse.py"
 
@@ -169,10 +169,11 @@ FAULTS = [
     Fault("half precision scaled beyond the bound", NORMS, "nearest - 5.9604644775390625e-08", "nearest", GRADIENTS),
     # -- clipping
     Fault("an unclipped gradient counted as changed", "vgkern/gradients/clipping.py",
-          "    elif factor.item() != 1:\n", "    else:\n", f"{CLIPPING}|rewritten"),
-    Fault("gradients scaled before the error", "vgkern/gradients/clipping.py",
-          "    if error_if_nonfinite and not", "    lists.scale_(gradients, factor)\n    if error_if_nonfinite and not",
-          f"{CLIPPING}|error_if_nonfinite"),
+          "        if factor != 1:\n", "        if True:\n", f"{CLIPPING}|rewritten"),
+    Fault("gradients scaled before the error", "vgkern/gradients/lists.py",
+          "    if not only_if_finite or total.isfinite():\n", "    if True:\n", f"{CLIPPING}|error_if_nonfinite"),
+    Fault("gradients scaled before the error, C++", CPU_NORMS,
+          "if (only_if_finite && !std::isfinite(all.total)) all.factor = 1;\n", "", f"{CLIPPING}|error_if_nonfinite"),
     Fault("groups of gradients out of order", "vgkern/gradients/lists.py",
           "zip(members, norms_of([gradients[i] for i in members], norm_type).unbind(), strict=True)",
           "zip(members[::-1], norms_of([gradients[i] for i in members], norm_type).unbind(), strict=True)",
@@ -181,11 +182,12 @@ FAULTS = [
           "        if placement.is_shard():\n            parts",
           "        if placement.is_replicate():\n            parts",
           f"{CLIPPER}|fully_sharded"),
-    Fault("a changed version not noticed", HOT, "(g.data_ptr(), g._version) == known[:2]", "g.data_ptr() == known[0]",
+    Fault("a changed version not noticed", HOT, "known->second.version == version_of(gradient)", "true",
           f"{CLIPPER}|changed"),
-    Fault("a change behind autograd's back not noticed", HOT, "if sample == known.sample and (", "if (",
+    Fault("another gradient not noticed", HOT, "known->second.address == array.data", "true", f"{CLIPPER}|changed"),
+    Fault("a change behind autograd's back not noticed", HOT, "sample == known->second.sample && (", "(",
           f"{CLIPPER}|changed"),
-    Fault("a beginning of zeros trusted", HOT, "(sample > 0 or g.numel() <= cpu.SAMPLED)", "True",
+    Fault("a beginning of zeros trusted", HOT, "(sample > 0 || array.count <= kSampled)", "true",
           f"{CLIPPER}|beginning"),
     Fault("norms of the last step kept", "vgkern/gradients/clipper.py",
           "        self._give_back()\n        self._hot.forget()\n", "        self._give_back()\n",
@@ -271,7 +273,7 @@ FAULTS = [
     Fault("a tensor's last chunk given to the next", CPU_NORMS,
           "(arrays[i].count + kChunkElements - 1) / kChunkElements", "arrays[i].count / kChunkElements", CPU_GRADIENTS),
     Fault("a parameter listed twice counted twice", "csrc/tensors.cpp",
-          "if (!seen.insert(gradient.ptr()).second) continue;", "seen.insert(gradient.ptr());", f"{CLIPPING}|twice"),
+          "if (!seen.insert(gradient.ptr())) continue;", "seen.insert(gradient.ptr());", f"{CLIPPING}|twice"),
     Fault("the first stride not looked at", "csrc/tensors.cpp",
           "(units == 1 || strides[0] == count / units)", "true", f"{CLIPPING}|any_memory"),
     Fault("no eps in adaptive clipping", CPU_NORMS, "clip_factor * std::max(norm(weight, at), eps)",

@@ -777,12 +777,20 @@ def test_a_wrong_clipping_is_not_timed(benchmarks, tmp_path, capsys, monkeypatch
     assert len(rows_of(tmp_path / "clip.csv")) == 10
 
 
-def test_the_step_of_clip_clips():
+def test_the_step_of_clip_clips(monkeypatch):
+    nets = []
+    monkeypatch.setattr(clip, "resnet50", lambda fused: nets.append(vgkern.models.resnet18(fused=fused)) or nets[-1])
     args = clip.argparse.Namespace(batch=2, size=32, layout="contiguous", max_norm=0.1, device="cpu")
     contest = clip.step(args)
-    assert list(contest.variants) == ["GradientClipper", "no clipping", "torch"]
-    for variant in contest.variants.values():
-        variant.run()
+    (net,) = nets
+    norms = {}
+    for name in ("GradientClipper", "no clipping", "torch", "no clipping"):
+        contest.variants[name].before()
+        contest.variants[name].run()
+        norms.setdefault(name, []).append(vgkern.gradients.get_grad_norms(net.parameters()).norm().item())
+    assert list(contest.variants) == list(norms)
+    assert norms["GradientClipper"] + norms["torch"] == pytest.approx([0.1, 0.1], rel=1e-4)
+    assert min(norms["no clipping"]) > 0.2
 
 
 # ---- monitor -------------------------------------------------------------------------------------------------------

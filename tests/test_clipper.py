@@ -118,11 +118,18 @@ def _masked(g):
     g[:, ::2] = 0
 
 
+def _replaced_behind_the_beginning(p):
+    replacement = p.grad.clone()
+    replacement.data[200:] *= 3.0  # of the same version
+    p.grad = replacement
+
+
 CHANGES = {
     "in place": lambda net: net[0].weight.grad.mul_(3.0),
     "in place, behind what is sampled": lambda net: _masked(net[0].weight.grad[200:]),
     "data": lambda net: net[0].weight.grad.data.mul_(3.0),
     "replaced": lambda net: setattr(net[0].weight, "grad", torch.ones(300, 6, dtype=torch.float64)),
+    "replaced by one that begins alike": lambda net: _replaced_behind_the_beginning(net[0].weight),
     "unscaled": lambda net: torch._amp_foreach_non_finite_check_and_unscale_(
         [p.grad for p in net.parameters()], torch.zeros(()), torch.full((), 0.25)
     ),
@@ -520,7 +527,4 @@ def test_fully_sharded(trained, key):
 
 
 def test_what_is_sampled_is_what_c_reads():
-    x = torch.ones(5000)
-    out = torch.empty(1, dtype=torch.float64)
-    cpu.sample_norms([x], out)
-    assert out.item() == math.sqrt(cpu.SAMPLED)
+    assert cpu.sample_norms(cpu.read([torch.ones(5000)]), 1) == [math.sqrt(cpu.SAMPLED)]

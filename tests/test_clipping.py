@@ -332,6 +332,30 @@ def test_the_fast_reading_of_tensors_takes_only_what_is_plain():
         cpu.plain_gradients([None])
 
 
+def test_each_gradient_is_read_once_and_in_order():
+    """Among so many that the set of those that were seen has collisions."""
+    gradients = [torch.full((i % 3 + 1,), float(i)) for i in range(700)]
+    parameters = [_parameter(g) for g in gradients]
+    found = cpu.plain_gradients([p for p in parameters for _ in range(3)] + parameters)
+    assert [id(p) for p in found.parameters] == [id(p) for p in parameters]
+    assert [id(g) for g in found.gradients] == [id(g) for g in gradients]
+    norms, _ = cpu.dense_norms(found.arrays, len(gradients))
+    assert norms == pytest.approx([g.norm().item() for g in gradients])
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, INF])
+def test_one_call_clips_as_two_do(norm_type):
+    """To the bit, in gradients of several dtypes that end within a chunk, at its end and behind it."""
+    sizes = (1, 70, 16384, 40000)
+    gradients = [torch.randn(size).to(dtype) for size in sizes for dtype in ops.FLOATING_DTYPES]
+    expected = [g.clone() for g in gradients]
+    _, total, factor = cpu.gradient_norms(expected, norm_type, 0.5)
+    cpu.scale_gradients_(expected, factor)
+    parameters = _clone(gradients)
+    assert bits(clip_grad_norm_(parameters, 0.5, norm_type)) == bits(total)
+    assert bits(*(p.grad for p in parameters)) == bits(*expected)
+
+
 def test_without_the_table_of_functions(monkeypatch):
     """torch 2.9 has none: tensors are described from Python, to the same bits."""
     gradients = [g for g in _kinds().values() if g.layout is torch.strided and not g.is_complex()]

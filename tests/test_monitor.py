@@ -135,6 +135,7 @@ def test_norms_are_autograds_over_four_micro_batches(backend, checkpointed):
 def test_compiled_whole_and_fullgraph():
     net = _net()
     monitor = GradientMonitor(net)
+    torch._dynamo.utils.counters.clear()  # of tests before this one
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     for step in (1, 2):
         expected = _arriving(_net(), ["bn", "end"], [_batch(step)])

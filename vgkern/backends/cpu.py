@@ -13,7 +13,7 @@ import itertools
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,12 +164,26 @@ def update_running_statistics(running_mean, running_var, num_batches_tracked, st
     torch.autograd.graph.increment_version(changed)
 
 
-def plain_gradients(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]] | None:
-    """(parameters, gradients) of those that have a gradient, each gradient once; None if one is no plain CPU tensor.
+class PlainGradients(NamedTuple):
+    """Parameters, their gradients, and the latter as the extension takes them, which keeps none of them alive."""
+
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    arrays: Any
+
+
+def plain_gradients(parameters: Sequence[Tensor]) -> PlainGradients | None:
+    """Those that have a gradient, each gradient once; None if one is no plain CPU tensor.
 
     Plain: a ``torch.Tensor`` and no subclass, strided, of the dtypes that the kernels take.
     """
-    return None if _C is None else _C.plain_gradients(parameters)
+    found = None if _C is None else _C.plain_gradients(parameters)
+    return None if found is None else PlainGradients(*found)
+
+
+def are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are plain CPU tensors, as far as C++ finds out."""
+    return _C is not None and _C.read_tensors(tensors) is not None
 
 
 def gradient_norms(
@@ -177,10 +191,10 @@ def gradient_norms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(norms, total, factor), as ``vgkern.backends`` says: 1 read of each tensor, 2 for p other than 1, 2 and inf."""
     out = torch.empty(len(tensors) + 2, dtype=torch.float64, device=_CPU)
-    arrays = _read(tensors)
+    arrays = read(tensors)
     if not arrays.dense:
         tensors = [t if ops.is_dense(t) else t.contiguous() for t in tensors]
-        arrays = _read(tensors)
+        arrays = read(tensors)
     _C.gradient_norms(arrays, norm_type, max_norm, torch.get_num_threads(), out)
     return out[:-2], out[-2], out[-1]
 
@@ -188,25 +202,18 @@ def gradient_norms(
 SAMPLED = 1024  # as kSampled of csrc/gradient_norm.h
 
 
-def sample_norms(tensors: Sequence[Tensor], out: Tensor) -> None:
-    """The L2 norms of the first SAMPLED elements, in memory, of dense tensors into out, float64 (T,)."""
-    _C.sample_norms(_read(tensors), out)
+def sample_norms(arrays: Any, count: int) -> list[float]:
+    """The L2 norms of the first SAMPLED elements, in memory, of so many dense tensors."""
+    out = torch.empty(count, dtype=torch.float64, device=_CPU)
+    _C.sample_norms(arrays, out)
+    return out.tolist()
 
 
-def dense_norms(tensors: Sequence[Tensor], *, checked: bool = False) -> tuple[list[float], list[float]] | None:
-    """L2 norms of tensors, and of their first SAMPLED elements, as numbers; None if one is not plain and dense.
-
-    ``checked``: it is known that all are.
-    """
-    arrays = _read(tensors) if checked else _C.read_tensors(tensors)
-    if arrays is None or not arrays.dense:
-        return None
-    count = len(tensors)
-    out = torch.empty(2 * count + 2, dtype=torch.float64, device=_CPU)
+def dense_norms(arrays: Any, count: int) -> tuple[list[float], list[float]]:
+    """The L2 norms of so many dense tensors, and of their first SAMPLED elements."""
+    out = torch.empty(count + 2, dtype=torch.float64, device=_CPU)
     _C.gradient_norms(arrays, 2.0, math.inf, torch.get_num_threads(), out)
-    _C.sample_norms(arrays, out[count + 2 :])
-    values = out.tolist()
-    return values[:count], values[count + 2 :]
+    return out.tolist()[:count], sample_norms(arrays, count)
 
 
 def scale_gradients_(tensors: Sequence[Tensor], factor: Tensor) -> None:
@@ -214,18 +221,34 @@ def scale_gradients_(tensors: Sequence[Tensor], factor: Tensor) -> None:
     value = factor.item()
     if value == 1:
         return
-    arrays = _read(tensors)
+    arrays = read(tensors)
     if not arrays.dense:
         reference.scale_gradients_([t for t in tensors if not ops.is_dense(t)], factor)
-        arrays = _read([t for t in tensors if ops.is_dense(t)])
+        arrays = read([t for t in tensors if ops.is_dense(t)])
     _C.scale_arrays(arrays, value, torch.get_num_threads())
+
+
+def known_norms() -> Any:
+    """An empty ``KnownNorms`` of the extension, which measures and remembers; None without the extension."""
+    return None if _C is None else _C.KnownNorms()
+
+
+def clip_norm_(
+    gradients: PlainGradients, norm_type: float, max_norm: float, only_if_finite: bool
+) -> tuple[Tensor, float]:
+    """Of dense gradients, ``gradient_norms`` and ``scale_gradients_`` by its factor in one call: (total, factor).
+
+    ``only_if_finite``: nothing is written where the total is inf or NaN, and the factor is then 1.
+    """
+    total, factor = _C.clip_arrays(gradients.arrays, norm_type, max_norm, only_if_finite, torch.get_num_threads())
+    return torch.tensor(total, dtype=torch.float64, device=_CPU), factor
 
 
 def clip_units_(
     parameters: Sequence[Tensor], gradients: Sequence[Tensor], clip_factor: float, eps: float, norm_type: float
 ) -> list[Tensor]:
     """As ``vgkern.backends`` says: one read of each tensor, and a write of the units that are clipped."""
-    weights, arrays = _read(parameters), _read(gradients)
+    weights, arrays = read(parameters), read(gradients)
     if weights.unit_wise and arrays.unit_wise:
         written = _C.clip_units(weights, arrays, clip_factor, eps, norm_type, torch.get_num_threads())
         return list(itertools.compress(gradients, written))
@@ -235,8 +258,8 @@ def clip_units_(
     return [g for pair in pairs for g in clip_units_([pair[0]], [pair[1]], clip_factor, eps, norm_type)]
 
 
-def _read(tensors: Sequence[Tensor]) -> Any:
-    """The tensors as the extension takes them; it does not keep them alive."""
+def read(tensors: Sequence[Tensor]) -> Any:
+    """Plain tensors as the extension takes them; it does not keep them alive."""
     return _C.read_tensors(tensors) or _C.Arrays(
         [(t.data_ptr(), list(t.shape), list(t.stride()), _DTYPE[t.dtype]) for t in tensors]
     )

@@ -177,11 +177,12 @@ class GradientClipper:
         every = self._parameters()
         self._hot.watch(every)
         self.steps += 1
-        parameters, gradients = lists.without_gradientless(every)
+        plain = lists.plain_cpu_gradients(every)
+        parameters, gradients = plain[:2] if plain else lists.without_gradientless(every)
         if not gradients:
             self.total_norm = torch.zeros((), dtype=torch.float64)
             return
-        _, total, factor = self._hot.measure(parameters, gradients, self.max_norm)
+        _, total, factor = self._hot.measure(parameters, gradients, self.max_norm, plain and plain.arrays)
         scale = getattr(self.optimizer, "grad_scale", None)  # GradScaler's: the gradients are that many times too large
         if scale is not None:
             total = total / scale.to(total)
@@ -190,7 +191,7 @@ class GradientClipper:
         self._count(factor)
         if factor.is_cpu and factor.item() == 1:
             return
-        if self._steps_fused(gradients):
+        if self._steps_fused() and (plain or all(map(lists.is_plain, gradients))):
             self._lend(gradients, factor, scale)
         else:
             lists.scale_(gradients, factor)
@@ -204,12 +205,8 @@ class GradientClipper:
             self._clipped = torch.zeros((), dtype=torch.int64, device=factor.device)
         self._clipped += changed.to(self._clipped.device)
 
-    def _steps_fused(self, gradients: list[Tensor]) -> bool:
-        return (
-            type(self.optimizer) in _FUSED
-            and all(group.get("fused") for group in self.optimizer.param_groups)
-            and all(map(lists.is_plain, gradients))
-        )
+    def _steps_fused(self) -> bool:
+        return type(self.optimizer) in _FUSED and all(group.get("fused") for group in self.optimizer.param_groups)
 
     def _lend(self, gradients: list[Tensor], factor: Tensor, scale: Tensor | None) -> None:
         """Give the optimiser what to divide by, until the step is over."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends import cpu
 from . import lists, units
 
 __all__ = ["adaptive_clip_grad_", "clip_grad_norm_", "clip_grad_value_", "get_grad_norms"]
@@ -109,27 +110,23 @@ def clip_grad_norm_(
         parameters, _ = lists.without_gradientless(parameters)
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
     plain = lists.plain_cpu_gradients(parameters)
-    _, gradients = plain or lists.without_gradientless(parameters)
+    gradients = plain.gradients if plain else lists.without_gradientless(parameters)[1]
     if not gradients:
         return torch.zeros((), dtype=torch.float64)
     if foreach:
         _check_foreach(gradients)
-    if plain:
-        backend = backends.of(gradients[0])
-        _, total, factor = backend.gradient_norms(gradients, norm_type, max_norm)
+    if plain and plain.arrays.dense and backends.of(gradients[0]) is cpu:
+        total, factor = cpu.clip_norm_(plain, norm_type, max_norm, error_if_nonfinite)
+        if factor != 1:
+            torch.autograd.graph.increment_version(gradients)
     else:
-        _, total, factor = lists.measure(gradients, norm_type, max_norm)
+        total = lists.clip_norm_(gradients, norm_type, max_norm, error_if_nonfinite)
     if error_if_nonfinite and not total.isfinite():
         raise RuntimeError(
             f"clip_grad_norm_: the norm of order {norm_type} of all gradients is {total.item()}, which cannot be "
             "clipped; no gradient has changed. With error_if_nonfinite=False they are scaled all the same"
         )
-    if not plain:
-        lists.scale_(gradients, factor)
-    elif factor.item() != 1:
-        backend.scale_gradients_(gradients, factor)
-        torch.autograd.graph.increment_version(gradients)
-    return _replicated(total.clone(), gradients)  # a view would keep the norms of all parameters alive
+    return _replicated(total, gradients)
 
 
 @torch.no_grad()
@@ -162,7 +159,7 @@ def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float, f
     if plain is None:
         parameters, _ = lists.without_gradientless(parameters)
     else:
-        parameters, gradients = plain
+        parameters, gradients = plain.parameters, plain.gradients
         if gradients:
             largest = backends.of(gradients[0]).gradient_norms(gradients, math.inf)[0].tolist()
             parameters = [p for p, most in zip(parameters, largest, strict=True) if not most <= clip_value]
@@ -211,7 +208,10 @@ def adaptive_clip_grad_(
     norm_type = _positive("norm_type", norm_type)
     parameters = _listed(parameters)
     plain = lists.plain_cpu_gradients(parameters)
-    units.clip_(*(plain or lists.without_gradientless(parameters)), clip_factor, eps, norm_type)
+    if plain and plain.gradients and cpu.are_plain(plain.parameters):
+        units.clip_plain_(plain.parameters, plain.gradients, clip_factor, eps, norm_type)
+    else:
+        units.clip_(*lists.without_gradientless(parameters), clip_factor, eps, norm_type)
 
 
 def _listed(parameters: Tensor | Iterable[Tensor]) -> Sequence[Tensor]:

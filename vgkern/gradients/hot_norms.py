@@ -9,7 +9,7 @@ measured when it is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,15 +27,6 @@ __all__ = ["HotNorms"]
 _PENDING_ELEMENTS = 1 << 22
 
 
-class _Known(NamedTuple):
-    """What was measured of a gradient, and how to tell that it is still the same one."""
-
-    address: int
-    version: int
-    norm: float
-    sample: float
-
-
 class HotNorms:
     """L2 norms of the gradients of parameters, by hooks on these.
 
@@ -47,7 +38,7 @@ class HotNorms:
         self._handles: dict[int, RemovableHandle] = {}
         self._pending: dict[int, Tensor] = {}
         self._pending_elements = 0
-        self._known: dict[int, _Known] = {}
+        self._known = cpu.known_norms()
         self._reduced: dict[int, tuple[Tensor, float, float]] = {}
         self._backward = -1
         self._closed = False
@@ -68,16 +59,21 @@ class HotNorms:
     def forget(self) -> None:
         self._pending.clear()
         self._pending_elements = 0
-        self._known.clear()
+        if self._known:
+            self._known.forget()
 
-    def measure(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], max_norm: float) -> lists.Measured:
-        """As ``lists.measure``, by what is known and by measuring the rest; the order of the norms is another."""
+    def measure(
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], max_norm: float, arrays: Any = None
+    ) -> lists.Measured:
+        """As ``lists.measure``, by what is known and by measuring the rest; the order of the norms is another.
+
+        ``arrays``: the gradients as the extension takes them, where all are ordinary CPU tensors.
+        """
         self._flush()
-        known = self._unchanged(parameters, gradients)
-        rest = [g for p, g in zip(parameters, gradients, strict=True) if id(p) not in known]
+        known, rest = self._unchanged(parameters, gradients, arrays)
         if not known:
             return lists.measure(rest, 2.0, max_norm)
-        norms = torch.tensor(list(known.values()), dtype=torch.float64)
+        norms = torch.tensor(known, dtype=torch.float64)
         if rest:
             more = lists.measure(rest, 2.0, max_norm).norms
             norms = torch.cat([norms.to(more), more])
@@ -108,25 +104,35 @@ class HotNorms:
     # -- hooks ---------------------------------------------------------------------------------------------------------
 
     def _produced(self, parameter: Tensor) -> None:
-        gradient = parameter.grad
-        if gradient is None or not gradient.is_cpu or (dist.is_available() and dist.is_initialized()):
-            return
+        """Once for each parameter in each backward pass: what can wait is done for many at once."""
         self._pending[id(parameter)] = parameter
-        self._pending_elements += gradient.numel()
+        self._pending_elements += parameter.numel()
         if self._pending_elements >= _PENDING_ELEMENTS:
             self._flush()
 
     def _flush(self) -> None:
-        pairs = [(p, g) for p in self._pending.values() if (g := p.grad) is not None]
+        parameters = list(self._pending.values())
         self._pending.clear()
         self._pending_elements = 0
-        for (p, g), norm, sample in _measured(pairs):
-            self._known[id(p)] = _Known(g.data_ptr(), g._version, norm, sample)
+        if not parameters or (dist.is_available() and dist.is_initialized()) or not _measures_here():
+            return
+        plain = cpu.plain_gradients(parameters)
+        if plain and plain.arrays.dense:
+            parameters, gradients, arrays = plain
+        else:
+            pairs = [(p, g) for p in parameters if (g := p.grad) is not None and _is_dense(g)]
+            parameters, gradients = [p for p, _ in pairs], [g for _, g in pairs]
+            if not pairs:
+                return
+            arrays = cpu.read(gradients)
+        self._known.take(parameters, gradients, arrays, torch.get_num_threads())
 
     def _take(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        watched = [(p, g) for p, g in pairs if id(p) in self._handles]
-        for (p, _), norm, sample in _measured(watched):
-            self._reduced[id(p)] = (p, norm, sample)
+        watched = [(p, g) for p, g in pairs if id(p) in self._handles and _is_dense(g)]
+        if watched and _measures_here():
+            arrays = cpu.read([g for _, g in watched])
+            for (p, _), norm, sample in zip(watched, *cpu.dense_norms(arrays, len(watched)), strict=True):
+                self._reduced[id(p)] = (p, norm, sample)
 
     def _in_backward(self) -> bool:
         """Whether a backward pass runs; once in each, asks to hear of its end.
@@ -147,28 +153,23 @@ class HotNorms:
         for p, norm, sample in self._reduced.values():
             g = p.grad
             if g is not None and _is_dense(g):
-                self._known[id(p)] = _Known(g.data_ptr(), g._version, norm, sample)
+                self._known.add(p, g, norm, sample)
         self._reduced.clear()
 
     # -- what is known -------------------------------------------------------------------------------------------------
 
-    def _unchanged(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> dict[int, float]:
-        """{id of the parameter: norm}"""
-        found = []
-        for p, g in zip(parameters, gradients, strict=True):
-            known = self._known.get(id(p))
-            if known and lists.is_plain(g) and (g.data_ptr(), g._version) == known[:2]:
-                found.append((p, g, known))
-        if not found:
-            return {}
-        samples = torch.empty(len(found), dtype=torch.float64)
-        cpu.sample_norms([g for _, g, _ in found], samples)
-        # Of zeros the first elements tell nothing: what is not known to be short is measured.
-        return {
-            id(p): known.norm
-            for (p, g, known), sample in zip(found, samples.tolist(), strict=True)
-            if sample == known.sample and (sample > 0 or g.numel() <= cpu.SAMPLED)
-        }
+    def _unchanged(
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], arrays: Any
+    ) -> tuple[list[float], list[Tensor]]:
+        """(norms of those that are known, the other gradients)"""
+        if not self._known:
+            return [], list(gradients)
+        if arrays is not None:
+            return self._known.unchanged(parameters, gradients, arrays)
+        pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if _is_dense(g)]
+        dense = [g for _, g in pairs]
+        norms, rest = self._known.unchanged([p for p, _ in pairs], dense, cpu.read(dense))
+        return norms, rest + [g for g in gradients if not _is_dense(g)]
 
 
 def _is_dense(g: Tensor) -> bool:
@@ -176,12 +177,6 @@ def _is_dense(g: Tensor) -> bool:
     return g.is_cpu and lists.is_plain(g) and ops.is_dense(g)
 
 
-def _measured(pairs: list[tuple[Tensor, Tensor]]) -> Iterable[tuple[tuple[Tensor, Tensor], float, float]]:
-    """(pair, norm of its gradient, norm of the first elements) of those with a dense gradient."""
-    if backends.name_of("cpu") != "cpu":
-        return ()
-    found = cpu.dense_norms([g for _, g in pairs])
-    if found is None:
-        pairs = [(p, g) for p, g in pairs if _is_dense(g)]
-        found = cpu.dense_norms([g.detach() for _, g in pairs], checked=True) or ([], [])
-    return zip(pairs, *found, strict=True)
+def _measures_here() -> bool:
+    """Whether CPU tensors go to the C++ kernels."""
+    return backends.name_of("cpu") == "cpu"

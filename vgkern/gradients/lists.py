@@ -20,6 +20,7 @@ from ..backends import cpu
 
 __all__ = [
     "Measured",
+    "clip_norm_",
     "is_dtensor",
     "is_plain",
     "measure",
@@ -44,8 +45,8 @@ def is_dtensor(x: Tensor) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
-def plain_cpu_gradients(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]] | None:
-    """(parameters, gradients) where all gradients are ordinary CPU tensors, which C++ finds out fastest; else None."""
+def plain_cpu_gradients(parameters: Sequence[Tensor]) -> cpu.PlainGradients | None:
+    """The gradients where all are ordinary CPU tensors, which C++ finds out fastest; else None."""
     return cpu.plain_gradients(parameters)
 
 
@@ -61,6 +62,8 @@ def measure(gradients: Sequence[Tensor], norm_type: float, max_norm: float) -> M
     The host does not wait for a device, except where gradients of several devices meet on the CPU. Sharded gradients
     take a collective operation for each mesh and axis of it that they are sharded over.
     """
+    if cpu.are_plain(gradients):  # one call tells, where asking each takes as long as its norm
+        return Measured(*backends.of(gradients[0]).gradient_norms(gradients, norm_type, max_norm))
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, g in enumerate(gradients):
         groups.setdefault(_kind(g), []).append(i)
@@ -79,6 +82,17 @@ def measure(gradients: Sequence[Tensor], norm_type: float, max_norm: float) -> M
         norms = torch.stack(single)
     _, total, factor = backends.of(norms).gradient_norms([norms], norm_type, max_norm)
     return Measured(norms, total, factor)
+
+
+def clip_norm_(gradients: Sequence[Tensor], norm_type: float, max_norm: float, only_if_finite: bool) -> Tensor:
+    """Both: ``measure``, and ``scale_`` by its factor; with ``only_if_finite``, not where the total is inf or NaN.
+
+    Returns the total.
+    """
+    _, total, factor = measure(gradients, norm_type, max_norm)
+    if not only_if_finite or total.isfinite():
+        scale_(gradients, factor)
+    return total.clone()  # a view would keep the norms of all gradients alive
 
 
 def scale_(gradients: Iterable[Tensor], factor: Tensor) -> None:

@@ -12,7 +12,7 @@ from .. import backends
 from ..backends import reference
 from . import lists
 
-__all__ = ["clip_"]
+__all__ = ["clip_", "clip_plain_"]
 
 
 def clip_(
@@ -30,9 +30,16 @@ def clip_(
             _scale_units_(g, reference.unit_factors(_whole(p), _whole(g), clip_factor, eps, norm_type))
     for pairs in groups.values():
         weights, members = map(list, zip(*pairs, strict=True))
-        written = backends.of(members[0]).clip_units_(weights, members, clip_factor, eps, norm_type)
-        if written:
-            torch.autograd.graph.increment_version(written)
+        clip_plain_(weights, members, clip_factor, eps, norm_type)
+
+
+def clip_plain_(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], clip_factor: float, eps: float, norm_type: float
+) -> None:
+    """The same for at least one ordinary gradient, all on one device."""
+    written = backends.of(gradients[0]).clip_units_(parameters, gradients, clip_factor, eps, norm_type)
+    if written:
+        torch.autograd.graph.increment_version(written)
 
 
 def _has_whole_units(p: Any, g: Any) -> bool:
