@@ -63,9 +63,10 @@ class _BatchNormActDirect(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, activation_weight, probe, rest):
         running_mean, running_var, config, statistics_out = rest  # an input or output more costs 0.5 µs
+        training, eps, activation, args, _, _, save_mask, _ = config  # field by field takes 0.2 µs more
         y, statistics, mask = ops.run_forward(
             x, residual, weight, bias, running_mean, running_var, activation_weight,
-            config.training, config.eps, config.activation, config.args, config.save_mask,
+            training, eps, activation, args, save_mask,
         )  # fmt: skip
         inputs = x, residual, weight, bias, activation_weight, probe, running_mean, running_var, config
         _save(ctx, inputs, statistics, mask)
@@ -109,21 +110,21 @@ def _backward(ctx, dy, run):
     if dy is None:
         return (None,) * 6
     x, residual, mask, statistics, weight, bias, activation_weight, running_mean, running_var = ctx.saved_tensors
-    config = ctx.config
-    dy = dy.contiguous(memory_format=config.memory_format)
+    training, eps, activation, args, min_norm, max_norm, _, memory_format = ctx.config
+    dy = dy.contiguous(memory_format=memory_format)
     if x is None:
         x = dy  # for its shape, dtype and format
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _second_order(ctx, dy, x, residual, mask, weight, bias, activation_weight, running_mean, running_var)
     need_x, need_residual, need_weight, need_bias, need_activation_weight, need_record, *_ = ctx.needs_input_grad
     # One tensor serves both: without normalisation dz is dx; without an activation it is dy.
-    shared = statistics is None and config.min_norm == 0 and config.max_norm == math.inf
+    shared = statistics is None and min_norm == 0 and max_norm == math.inf
     need_dx = need_x or (shared and need_residual)
-    passed_on = config.activation == "identity" and not shared
+    passed_on = activation == "identity" and not shared
     want_dresidual = need_residual and not (shared or passed_on)
     dx, dresidual, dweight, dbias, dactivation_weight, record = run(
         dy, x, residual, mask, statistics, weight, bias, activation_weight,
-        config.training, config.eps, config.activation, config.args, config.min_norm, config.max_norm,
+        training, eps, activation, args, min_norm, max_norm,
         [need_dx, want_dresidual, need_weight, need_bias, need_activation_weight, need_record],
     )  # fmt: skip
     return (

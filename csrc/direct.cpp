@@ -1,0 +1,318 @@
+#include "direct.h"
+
+#include <algorithm>
+#include <limits>
+#include <new>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "batch_norm.h"
+#include "dispatch.h"
+#include "tensors.h"
+
+namespace py = pybind11;
+
+namespace vgkern {
+namespace {
+
+using Arguments = PyObject* const*;
+
+double number(PyObject* object) {
+  const double value = PyFloat_AsDouble(object);
+  if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+int64_t integer(PyObject* object) {
+  const int64_t value = PyLong_AsLongLong(object);
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+py::object ask(PyObject* tensor, PyObject* method) {
+  auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, method));
+  if (!answer) throw py::error_already_set();
+  return answer;
+}
+
+bool has(PyObject* tensor, PyObject* attribute) {
+  const auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, attribute));
+  if (!value) throw py::error_already_set();
+  return value.ptr() == Py_True;
+}
+
+// ---- Tensors as they are given: None is a null pointer
+// ---------------------------------------------------------------
+
+template <class T>
+T* memory_of(PyObject* tensor) {
+  return tensor == Py_None ? nullptr : static_cast<T*>(view_of(tensor).data);
+}
+
+// A tensor of channels. One that is a slice of another is copied, for the length of the call.
+struct Channels {
+  explicit Channels(PyObject* tensor) {
+    static PyObject* const contiguous = PyUnicode_InternFromString("contiguous");
+    if (tensor == Py_None) return;
+    View view = view_of(tensor);
+    if (!is_contiguous(view)) {
+      copy = ask(tensor, contiguous);
+      view = view_of(copy.ptr());
+    }
+    array = {view.data, DataType(code_of(view.dtype))};
+    size = count_of(view);
+  }
+
+  ChannelArray array{};
+  int64_t size = 1;
+  py::object copy;
+};
+
+// As vgkern.ops.layout.
+Shape shape_of(const View& x) {
+  Shape shape{1, 1, count_of(x), false};
+  if (x.ndim >= 2) {
+    shape = {x.shape[0], x.shape[1], shape.spatial / (x.shape[0] * x.shape[1]), false};
+    shape.rows = shape.spatial == 1 || !is_contiguous(x);
+  }
+  return shape;
+}
+
+// The arguments with which every call begins: x, residual, weight, bias, activation_weight, training, eps, the
+// activation's code, its arguments, the number of threads.
+constexpr int kGiven = 10;
+
+struct Given {
+  explicit Given(Arguments given)
+      : x(view_of(given[0])),
+        residual(memory_of<const void>(given[1])),
+        weight(given[2]),
+        bias(given[3]),
+        activation_weight(given[4]),
+        training(PyObject_IsTrue(given[5]) == 1),
+        eps(number(given[6])),
+        activation(static_cast<int>(integer(given[7]))),
+        threads(static_cast<int>(integer(given[9]))) {
+    for (const py::handle argument : py::reinterpret_borrow<py::sequence>(given[8]))
+      activation_args.push_back(number(argument.ptr()));
+  }
+
+  template <class Call>
+  Call call() const {
+    Call call{};
+    call.shape = shape_of(x);
+    call.dtype = DataType(code_of(x.dtype));
+    call.threads = threads;
+    call.training = training;
+    call.eps = eps;
+    call.activation = activation;
+    call.activation_args = activation_args;
+    call.x = x.data;
+    call.residual = residual;
+    call.weight = weight.array;
+    call.bias = bias.array;
+    call.activation_weight = activation_weight.array;
+    call.activation_weight_size = activation_weight.size;
+    return call;
+  }
+
+  View x;
+  const void* residual;
+  Channels weight, bias, activation_weight;
+  bool training;
+  double eps;
+  int activation;
+  std::vector<double> activation_args;
+  int threads;
+};
+
+// ---- The functions
+// ---------------------------------------------------------------------------------------------------
+
+// … running_mean, running_var, y, statistics, mask
+void forward(Arguments given) {
+  const Given common(given);
+  const Channels running_mean(given[kGiven]), running_var(given[kGiven + 1]);
+  auto call = common.call<Forward>();
+  call.running_mean = running_mean.array;
+  call.running_var = running_var.array;
+  call.y = memory_of<void>(given[kGiven + 2]);
+  call.statistics = memory_of<double>(given[kGiven + 3]);
+  call.saved_mask = memory_of<uint8_t>(given[kGiven + 4]);
+  const py::gil_scoped_release release;
+  batch_norm_act_forward(kernels(), call);
+}
+
+// … dy, mask, statistics, min_norm, max_norm, dx, dresidual, dweight, dbias, dactivation_weight, record
+void backward(Arguments given) {
+  const Given common(given);
+  const Channels statistics(given[kGiven + 2]), dweight(given[kGiven + 7]), dbias(given[kGiven + 8]);
+  auto call = common.call<Backward>();
+  call.dy = memory_of<const void>(given[kGiven]);
+  call.mask = memory_of<const uint8_t>(given[kGiven + 1]);
+  call.statistics = static_cast<const double*>(statistics.array.data);
+  call.min_norm = number(given[kGiven + 3]);
+  call.max_norm = number(given[kGiven + 4]);
+  call.dx = memory_of<void>(given[kGiven + 5]);
+  call.dresidual = memory_of<void>(given[kGiven + 6]);
+  call.dweight = memory_of<void>(given[kGiven + 7]);
+  call.dbias = memory_of<void>(given[kGiven + 8]);
+  call.dactivation_weight = memory_of<void>(given[kGiven + 9]);
+  call.gradient_dtype = (call.dweight ? dweight : dbias).array.dtype;
+  call.record = memory_of<double>(given[kGiven + 10]);
+  const py::gil_scoped_release release;
+  batch_norm_act_backward(kernels(), call);
+}
+
+// … dy, mask, statistics, mean_gradients, dx_factor, dx, dx_squares
+void input_gradient(Arguments given) {
+  const Given common(given);
+  const Channels statistics(given[kGiven + 2]);
+  auto call = common.call<Backward>();
+  call.dy = memory_of<const void>(given[kGiven]);
+  call.mask = memory_of<const uint8_t>(given[kGiven + 1]);
+  call.statistics = static_cast<const double*>(statistics.array.data);
+  call.max_norm = std::numeric_limits<double>::infinity();
+  call.mean_gradients = memory_of<const double>(given[kGiven + 3]);
+  call.dx_factor = memory_of<const double>(given[kGiven + 4]);
+  call.dx = memory_of<void>(given[kGiven + 5]);
+  call.dx_squares = memory_of<double>(given[kGiven + 6]);
+  const py::gil_scoped_release release;
+  batch_norm_act_backward(kernels(), call);
+}
+
+// The shape of the mask of x, as vgkern.ops.mask_geometry has it.
+py::object mask_shape(Arguments given) {
+  const Shape x = shape_of(view_of(given[0]));
+  const int64_t inner = x.rows ? x.channels : x.spatial;
+  return py::make_tuple(x.batch * x.channels * x.spatial / inner, (inner + 7) / 8);
+}
+
+// running ← (1 − momentum)·running + momentum·batch for the mean and the unbiased variance, (C,), from statistics of
+// (3, C): in float64 and rounded once, from whichever end is the nearer, as torch.lerp. Counts the batch, where there
+// is a counter. False, and nothing is done, if a tensor is not contiguous, or the counter not of int64 on the CPU.
+bool update_running_statistics(Arguments given) {
+  const View running_mean = view_of(given[0]), running_var = view_of(given[1]), statistics = view_of(given[3]);
+  if (!is_contiguous(running_mean) || !is_contiguous(running_var)) return false;
+  const double momentum = number(given[4]);
+  if (given[2] != Py_None) {
+    const View counter = view_of(given[2]);
+    if (counter.device.device_type != kDLCPU || counter.dtype.code != 0 || counter.dtype.bits != 64) return false;
+    ++*static_cast<int64_t*>(counter.data);
+  }
+  const KernelTable& table = kernels();
+  const int64_t channels = count_of(running_mean);
+  std::vector<double> values(channels);
+  const auto update = [&](const View& running, const double* batch) {
+    const int dtype = code_of(running.dtype);
+    table.to_double[dtype](running.data, values.data(), channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      const double difference = batch[c] - values[c];
+      values[c] = momentum < 0.5 ? values[c] + momentum * difference : batch[c] - (1.0 - momentum) * difference;
+    }
+    table.from_double[dtype](values.data(), running.data, channels);
+  };
+  const auto* batch_mean = static_cast<const double*>(statistics.data);
+  update(running_mean, batch_mean);
+  update(running_var, batch_mean + 2 * channels);
+  return true;
+}
+
+// Whether each of a tuple is None, or a dense CPU tensor of exactly one of the two types whose memory holds its values.
+// A tensor that is sparse, or a wrapper of a transform, has no memory to show; that of a lazy zero, or of no element,
+// is null.
+bool are_ordinary(Arguments given) {
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  try {
+    for (const py::handle tensor : py::reinterpret_borrow<py::tuple>(given[0])) {
+      if (tensor.is_none()) continue;
+      if (!is_plain(tensor.ptr())) return false;
+      const View view = view_of(tensor.ptr());
+      if (view.device.device_type != kDLCPU || view.data == nullptr) return false;
+      if (ask(tensor.ptr(), is_neg).ptr() == Py_True) return false;
+    }
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_RuntimeError)) throw;  // NotImplementedError is one
+    return false;
+  }
+  return true;
+}
+
+// (training, input, residual, running_mean, running_var, weight, bias), tensors that are ordinary: whether it is plain
+// that no check refuses them. So it is for (N, C, *) with all else of its dtype, more than one value a channel, and
+// statistics given or not needed.
+bool are_common(Arguments given) {
+  static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
+  PyObject *const residual = given[2], *const running_mean = given[3], *const running_var = given[4];
+  const bool training = PyObject_IsTrue(given[0]) == 1;
+  const View input = view_of(given[1]);
+  const auto of_its_dtype = [&](const View& tensor) {
+    return tensor.dtype.code == input.dtype.code && tensor.dtype.bits == input.dtype.bits;
+  };
+  if (code_of(input.dtype) < 0 || input.ndim < 2) return false;
+  if (training && count_of(input) == input.shape[1]) return false;
+  if ((running_mean == Py_None || running_var == Py_None) && !(training && running_mean == running_var)) return false;
+  if (residual != Py_None) {
+    const View view = view_of(residual);
+    if (!of_its_dtype(view) || view.ndim != input.ndim) return false;
+    if (!std::equal(view.shape, view.shape + view.ndim, input.shape)) return false;
+  }
+  for (int i = 3; i < 7; ++i) {
+    if (given[i] == Py_None) continue;
+    const View view = view_of(given[i]);
+    if (!of_its_dtype(view) || view.ndim != 1 || view.shape[0] != input.shape[1]) return false;
+    if (i < 5 && has(given[i], requires_grad)) return false;
+  }
+  return true;
+}
+
+// ---- As Python's functions
+// -------------------------------------------------------------------------------------------
+
+PyObject* returned(bool value) { return PyBool_FromLong(value); }
+PyObject* returned(py::object value) { return value.release().ptr(); }
+
+template <auto function, int arity>
+PyObject* entry(PyObject*, Arguments given, Py_ssize_t count) {
+  try {
+    if (count != arity) throw py::type_error("expected " + std::to_string(arity) + " arguments");
+    if constexpr (std::is_void_v<decltype(function(given))>) {
+      function(given);
+      return Py_NewRef(Py_None);
+    } else {
+      return returned(function(given));
+    }
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  }
+  return nullptr;
+}
+
+template <auto function, int arity>
+constexpr PyMethodDef row(const char* name) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&entry<function, arity>)), METH_FASTCALL,
+          nullptr};
+}
+
+}  // namespace
+
+void add_direct_functions(py::module_& module) {
+  static PyMethodDef functions[] = {
+      row<forward, kGiven + 5>("batch_norm_act_forward"),
+      row<backward, kGiven + 11>("batch_norm_act_backward"),
+      row<input_gradient, kGiven + 7>("batch_norm_act_input_gradient"),
+      row<mask_shape, 1>("mask_shape"),
+      row<update_running_statistics, 5>("update_running_statistics"),
+      row<are_ordinary, 1>("are_ordinary"),
+      row<are_common, 7>("are_common"),
+      {},
+  };
+  if (PyModule_AddFunctions(module.ptr(), functions) != 0) throw py::error_already_set();
+}
+
+}  // namespace vgkern
