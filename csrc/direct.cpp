@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <limits>
 #include <new>
+#include <optional>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "batch_norm.h"
@@ -42,12 +44,13 @@ bool has(PyObject* tensor, PyObject* attribute) {
   return value.ptr() == Py_True;
 }
 
-// ---- Tensors as they are given: None is a null pointer
-// ---------------------------------------------------------------
+// ---- Tensors as they are given: None is a null pointer -------------------------------------------------------------
+
+View view_or_none(PyObject* tensor) { return tensor == Py_None ? View{} : view_of(tensor); }
 
 template <class T>
 T* memory_of(PyObject* tensor) {
-  return tensor == Py_None ? nullptr : static_cast<T*>(view_of(tensor).data);
+  return static_cast<T*>(view_or_none(tensor).data);
 }
 
 // A tensor of channels. One that is a slice of another is copied, for the length of the call.
@@ -127,8 +130,7 @@ struct Given {
   int threads;
 };
 
-// ---- The functions
-// ---------------------------------------------------------------------------------------------------
+// ---- The functions -------------------------------------------------------------------------------------------------
 
 // … running_mean, running_var, y, statistics, mask
 void forward(Arguments given) {
@@ -147,7 +149,8 @@ void forward(Arguments given) {
 // … dy, mask, statistics, min_norm, max_norm, dx, dresidual, dweight, dbias, dactivation_weight, record
 void backward(Arguments given) {
   const Given common(given);
-  const Channels statistics(given[kGiven + 2]), dweight(given[kGiven + 7]), dbias(given[kGiven + 8]);
+  const Channels statistics(given[kGiven + 2]);
+  const View dweight = view_or_none(given[kGiven + 7]), dbias = view_or_none(given[kGiven + 8]);
   auto call = common.call<Backward>();
   call.dy = memory_of<const void>(given[kGiven]);
   call.mask = memory_of<const uint8_t>(given[kGiven + 1]);
@@ -156,10 +159,10 @@ void backward(Arguments given) {
   call.max_norm = number(given[kGiven + 4]);
   call.dx = memory_of<void>(given[kGiven + 5]);
   call.dresidual = memory_of<void>(given[kGiven + 6]);
-  call.dweight = memory_of<void>(given[kGiven + 7]);
-  call.dbias = memory_of<void>(given[kGiven + 8]);
+  call.dweight = dweight.data;
+  call.dbias = dbias.data;
   call.dactivation_weight = memory_of<void>(given[kGiven + 9]);
-  call.gradient_dtype = (call.dweight ? dweight : dbias).array.dtype;
+  call.gradient_dtype = DataType(code_of((dweight.data ? dweight : dbias).dtype));
   call.record = memory_of<double>(given[kGiven + 10]);
   const py::gil_scoped_release release;
   batch_norm_act_backward(kernels(), call);
@@ -198,7 +201,7 @@ bool update_running_statistics(Arguments given) {
   const double momentum = number(given[4]);
   if (given[2] != Py_None) {
     const View counter = view_of(given[2]);
-    if (counter.device.device_type != kDLCPU || counter.dtype.code != 0 || counter.dtype.bits != 64) return false;
+    if (counter.device.device_type != kDLCPU || !(counter.dtype == kInt64Type)) return false;
     ++*static_cast<int64_t*>(counter.data);
   }
   const KernelTable& table = kernels();
@@ -219,56 +222,63 @@ bool update_running_statistics(Arguments given) {
   return true;
 }
 
-// Whether each of a tuple is None, or a dense CPU tensor of exactly one of the two types whose memory holds its values.
-// A tensor that is sparse, or a wrapper of a transform, has no memory to show; that of a lazy zero, or of no element,
-// is null.
-bool are_ordinary(Arguments given) {
+// What describes a dense CPU tensor of exactly one of the two types whose memory holds its values, or nothing. One that
+// is sparse, or a wrapper of a transform, has no memory to show; that of a lazy zero, or of no element, is null.
+std::optional<View> ordinary(PyObject* tensor) {
   static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  if (!is_plain(tensor)) return {};
   try {
-    for (const py::handle tensor : py::reinterpret_borrow<py::tuple>(given[0])) {
-      if (tensor.is_none()) continue;
-      if (!is_plain(tensor.ptr())) return false;
-      const View view = view_of(tensor.ptr());
-      if (view.device.device_type != kDLCPU || view.data == nullptr) return false;
-      if (ask(tensor.ptr(), is_neg).ptr() == Py_True) return false;
-    }
+    View view = view_of(tensor);
+    if (view.device.device_type != kDLCPU || view.data == nullptr || ask(tensor, is_neg).ptr() == Py_True) return {};
+    return view;
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_RuntimeError)) throw;  // NotImplementedError is one
-    return false;
+    return {};
   }
-  return true;
 }
 
-// (training, input, residual, running_mean, running_var, weight, bias), tensors that are ordinary: whether it is plain
-// that no check refuses them. So it is for (N, C, *) with all else of its dtype, more than one value a channel, and
-// statistics given or not needed.
-bool are_common(Arguments given) {
+// Whether each of a tuple is None or ordinary.
+bool are_ordinary(Arguments given) {
+  const auto tensors = py::reinterpret_borrow<py::tuple>(given[0]);
+  return std::all_of(tensors.begin(), tensors.end(),
+                     [](py::handle tensor) { return tensor.is_none() || ordinary(tensor.ptr()); });
+}
+
+// Of (training, (input, residual, running_mean, running_var, weight, bias, activation_weight)): whether all that are
+// not None are ordinary; and whether then it is plain that no check refuses them. So it is for an input (N, C, *) with
+// all else of its type, more than one value a channel, statistics given or not needed, and no activation_weight.
+py::object examine(Arguments given) {
   static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
-  PyObject *const residual = given[2], *const running_mean = given[3], *const running_var = given[4];
+  enum { kInput, kResidual, kRunningMean, kRunningVar, kWeight, kBias, kActivationWeight, kTensors };
   const bool training = PyObject_IsTrue(given[0]) == 1;
-  const View input = view_of(given[1]);
-  const auto of_its_dtype = [&](const View& tensor) {
-    return tensor.dtype.code == input.dtype.code && tensor.dtype.bits == input.dtype.bits;
+  if (!PyTuple_Check(given[1]) || PyTuple_GET_SIZE(given[1]) != kTensors) throw py::type_error("expected a tuple of 7");
+  const auto tensor = [&](int i) { return PyTuple_GET_ITEM(given[1], i); };
+  View views[kTensors]{};
+  for (int i = 0; i < kTensors; ++i) {
+    if (tensor(i) == Py_None) continue;
+    std::optional<View> view = ordinary(tensor(i));
+    if (!view) return py::make_tuple(false, false);
+    views[i] = std::move(*view);
+  }
+  const View& input = views[kInput];
+  const auto common = [&] {
+    const bool has_mean = views[kRunningMean].data, has_var = views[kRunningVar].data;
+    if (code_of(input.dtype) < 0 || input.ndim < 2 || views[kActivationWeight].data) return false;
+    if (training && count_of(input) == input.shape[1]) return false;
+    if (has_mean != has_var || !(training || has_mean)) return false;
+    for (int i = kResidual; i <= kBias; ++i) {
+      const View& view = views[i];
+      if (!view.data) continue;
+      const int64_t* expected = i == kResidual ? input.shape : input.shape + 1;
+      if (!(view.dtype == input.dtype) || view.ndim != (i == kResidual ? input.ndim : 1)) return false;
+      if (!std::equal(view.shape, view.shape + view.ndim, expected)) return false;
+    }
+    return !(has_mean && (has(tensor(kRunningMean), requires_grad) || has(tensor(kRunningVar), requires_grad)));
   };
-  if (code_of(input.dtype) < 0 || input.ndim < 2) return false;
-  if (training && count_of(input) == input.shape[1]) return false;
-  if ((running_mean == Py_None || running_var == Py_None) && !(training && running_mean == running_var)) return false;
-  if (residual != Py_None) {
-    const View view = view_of(residual);
-    if (!of_its_dtype(view) || view.ndim != input.ndim) return false;
-    if (!std::equal(view.shape, view.shape + view.ndim, input.shape)) return false;
-  }
-  for (int i = 3; i < 7; ++i) {
-    if (given[i] == Py_None) continue;
-    const View view = view_of(given[i]);
-    if (!of_its_dtype(view) || view.ndim != 1 || view.shape[0] != input.shape[1]) return false;
-    if (i < 5 && has(given[i], requires_grad)) return false;
-  }
-  return true;
+  return py::make_tuple(true, common());
 }
 
-// ---- As Python's functions
-// -------------------------------------------------------------------------------------------
+// ---- As Python's functions -----------------------------------------------------------------------------------------
 
 PyObject* returned(bool value) { return PyBool_FromLong(value); }
 PyObject* returned(py::object value) { return value.release().ptr(); }
@@ -309,7 +319,7 @@ void add_direct_functions(py::module_& module) {
       row<mask_shape, 1>("mask_shape"),
       row<update_running_statistics, 5>("update_running_statistics"),
       row<are_ordinary, 1>("are_ordinary"),
-      row<are_common, 7>("are_common"),
+      row<examine, 2>("examine"),
       {},
   };
   if (PyModule_AddFunctions(module.ptr(), functions) != 0) throw py::error_already_set();

@@ -70,7 +70,7 @@ View view_by_attributes(py::handle tensor) {
   const py::object dtype = tensor.attr("dtype");
   const std::pair<const char*, DLDataType> types[] = {
       {"float32", {2, 32, 1}}, {"float64", {2, 64, 1}}, {"bfloat16", {4, 16, 1}},
-      {"float16", {2, 16, 1}}, {"int64", {0, 64, 1}},
+      {"float16", {2, 16, 1}}, {"int64", kInt64Type},
   };
   const auto torch = py::module_::import("torch");
   for (const auto& [name, type] : types) {

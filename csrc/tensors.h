@@ -26,6 +26,12 @@ void use_tensor_types(pybind11::type tensor, pybind11::type parameter);
 // Whether the object is of exactly one of the two types.
 bool is_plain(PyObject* object);
 
+constexpr DLDataType kInt64Type{0, 64, 1};
+
+inline bool operator==(DLDataType a, DLDataType b) {
+  return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
+}
+
 // The code of a type that the kernels take, or -1.
 int code_of(DLDataType dtype);
 

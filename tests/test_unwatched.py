@@ -44,9 +44,9 @@ def ways(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(ops, "run_forward", counted("forward", ops.run_forward))
-    monkeypatch.setattr(ops, "run_backward", counted("backward", ops.run_backward))
     for name in ("batch_norm_act_forward", "batch_norm_act_backward"):
+        for backend in (cpu, reference):
+            monkeypatch.setattr(backend, name, counted(name.rpartition("_")[2], getattr(backend, name)))
         monkeypatch.setattr(ops, name, counted("op", getattr(ops, name)))
     return called
 
