@@ -402,17 +402,24 @@ def test_running_statistics_by_both_ways(dtype, momentum):
     assert ours[2] == theirs[2] == 5
 
 
-def test_running_statistics_that_are_slices_and_a_counter_of_another_type():
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("running_mean", lambda: torch.zeros(7, 2)[:, 0]),
+        ("running_var", lambda: torch.ones(7, 2)[:, 0]),
+        ("num_batches_tracked", lambda: torch.tensor(0.0)),
+    ],
+)
+def test_running_statistics_that_are_slices_and_a_counter_of_another_type(name, value):
     layer, plain = BatchNormAct2d(7), nn.BatchNorm2d(7)
-    layer.running_mean = torch.zeros(7, 2)[:, 0]
-    layer.num_batches_tracked = torch.tensor(0.0)
+    setattr(layer, name, value())
     x = torch.randn(SHAPE)
     for module in (layer, plain):
         module(x)
     torch.testing.assert_close(layer.running_mean, plain.running_mean)
     torch.testing.assert_close(layer.running_var, plain.running_var)
     assert layer.num_batches_tracked == 1
-    assert layer.num_batches_tracked.dtype is torch.float32
+    assert layer.num_batches_tracked.dtype is (torch.float32 if name == "num_batches_tracked" else torch.int64)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"], indirect=True)
