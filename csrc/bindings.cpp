@@ -3,10 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <limits>
-
 #include "bandwidth.h"
-#include "batch_norm.h"
+#include "direct.h"
 #include "dispatch.h"
 #include "gradient_norm.h"
 #include "known_norms.h"
@@ -19,136 +17,14 @@ namespace py = pybind11;
 namespace vgkern {
 namespace {
 
-// Where a tensor's first element is; null for None. What is asked of a tensor is asked from here, as there are up to
-// fifteen in a call: from Python it takes 2 µs more.
+// Where a tensor's first element is.
 struct Pointer {
   uintptr_t address = 0;
 };
 
-// Of a tensor of channels, which may be a slice of another: then it points at a copy, for the length of the call.
-struct Channels : Pointer {};
-
 template <class T>
 T* to(Pointer p) {
   return reinterpret_cast<T*>(p.address);
-}
-
-py::object ask(py::handle tensor, PyObject* method) {
-  auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), method));
-  if (!answer) throw py::error_already_set();
-  return answer;
-}
-
-uintptr_t address_of(py::handle tensor) {
-  static PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
-  return PyLong_AsSize_t(ask(tensor, data_ptr).ptr());
-}
-
-// Whether each is None, or a dense CPU tensor of exactly one of the two types whose memory holds its values. A tensor
-// that is sparse, or a wrapper of a transform, has no data_ptr to give; that of a lazy zero, or of no element, is 0.
-bool are_ordinary(py::tuple tensors, py::handle tensor_type, py::handle parameter_type) {
-  static PyObject* const is_cpu = PyUnicode_InternFromString("is_cpu");
-  static PyObject* const is_nested = PyUnicode_InternFromString("is_nested");
-  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
-  const auto is = [](py::handle tensor, PyObject* attribute) {
-    const auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor.ptr(), attribute));
-    if (!value) throw py::error_already_set();
-    return value.ptr() == Py_True;
-  };
-  try {
-    for (const py::handle tensor : tensors) {
-      if (tensor.is_none()) continue;
-      const py::handle type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
-      if (type.ptr() != tensor_type.ptr() && type.ptr() != parameter_type.ptr()) return false;
-      if (!is(tensor, is_cpu) || is(tensor, is_nested) || ask(tensor, is_neg).ptr() == Py_True) return false;
-      if (address_of(tensor) == 0) return false;
-    }
-  } catch (py::error_already_set& error) {
-    if (!error.matches(PyExc_RuntimeError)) throw;  // NotImplementedError is one
-    return false;
-  }
-  return true;
-}
-
-template <class Call>
-Call common(bool rows, int64_t batch, int64_t channels, int64_t spatial, DataType dtype, int threads, bool training,
-            double eps, int activation, std::vector<double> activation_args, Pointer x, Pointer residual,
-            Channels weight, Channels bias, DataType parameter_dtype, Channels activation_weight,
-            DataType activation_weight_dtype, int64_t activation_weight_size) {
-  Call call{};
-  call.shape = {batch, channels, spatial, rows};
-  call.dtype = dtype;
-  call.threads = threads;
-  call.training = training;
-  call.eps = eps;
-  call.activation = activation;
-  call.activation_args = std::move(activation_args);
-  call.x = to<const void>(x);
-  call.residual = to<const void>(residual);
-  call.weight = {to<const void>(weight), parameter_dtype};
-  call.bias = {to<const void>(bias), parameter_dtype};
-  call.activation_weight = {to<const void>(activation_weight), activation_weight_dtype};
-  call.activation_weight_size = activation_weight_size;
-  return call;
-}
-
-void forward(bool rows, int64_t batch, int64_t channels, int64_t spatial, int dtype, int threads, bool training,
-             double eps, int activation, std::vector<double> activation_args, Pointer x, Pointer residual,
-             Channels weight, Channels bias, int parameter_dtype, Channels activation_weight,
-             int activation_weight_dtype, int64_t activation_weight_size, Channels running_mean, Channels running_var,
-             int running_dtype, Pointer y, Pointer statistics, Pointer saved_mask) {
-  auto call = common<Forward>(rows, batch, channels, spatial, DataType(dtype), threads, training, eps, activation,
-                              std::move(activation_args), x, residual, weight, bias, DataType(parameter_dtype),
-                              activation_weight, DataType(activation_weight_dtype), activation_weight_size);
-  call.running_mean = {to<const void>(running_mean), DataType(running_dtype)};
-  call.running_var = {to<const void>(running_var), DataType(running_dtype)};
-  call.y = to<void>(y);
-  call.statistics = to<double>(statistics);
-  call.saved_mask = to<uint8_t>(saved_mask);
-  batch_norm_act_forward(kernels(), call);
-}
-
-void backward(bool rows, int64_t batch, int64_t channels, int64_t spatial, int dtype, int threads, bool training,
-              double eps, int activation, std::vector<double> activation_args, Pointer x, Pointer residual,
-              Channels weight, Channels bias, int parameter_dtype, Channels activation_weight,
-              int activation_weight_dtype, int64_t activation_weight_size, Pointer dy, Pointer mask,
-              Channels statistics, double min_norm, double max_norm, Pointer dx, Pointer dresidual, Pointer dweight,
-              Pointer dbias, Pointer dactivation_weight, int gradient_dtype, Pointer record) {
-  auto call = common<Backward>(rows, batch, channels, spatial, DataType(dtype), threads, training, eps, activation,
-                               std::move(activation_args), x, residual, weight, bias, DataType(parameter_dtype),
-                               activation_weight, DataType(activation_weight_dtype), activation_weight_size);
-  call.dy = to<const void>(dy);
-  call.mask = to<const uint8_t>(mask);
-  call.statistics = to<const double>(statistics);
-  call.min_norm = min_norm;
-  call.max_norm = max_norm;
-  call.dx = to<void>(dx);
-  call.dresidual = to<void>(dresidual);
-  call.dweight = to<void>(dweight);
-  call.dbias = to<void>(dbias);
-  call.dactivation_weight = to<void>(dactivation_weight);
-  call.gradient_dtype = DataType(gradient_dtype);
-  call.record = to<double>(record);
-  batch_norm_act_backward(kernels(), call);
-}
-
-void input_gradient(bool rows, int64_t batch, int64_t channels, int64_t spatial, int dtype, int threads, bool training,
-                    double eps, int activation, std::vector<double> activation_args, Pointer x, Pointer residual,
-                    Channels weight, Channels bias, int parameter_dtype, Channels activation_weight,
-                    int activation_weight_dtype, int64_t activation_weight_size, Pointer dy, Pointer mask,
-                    Channels statistics, Pointer mean_gradients, Pointer dx_factor, Pointer dx, Pointer dx_squares) {
-  auto call = common<Backward>(rows, batch, channels, spatial, DataType(dtype), threads, training, eps, activation,
-                               std::move(activation_args), x, residual, weight, bias, DataType(parameter_dtype),
-                               activation_weight, DataType(activation_weight_dtype), activation_weight_size);
-  call.dy = to<const void>(dy);
-  call.mask = to<const uint8_t>(mask);
-  call.statistics = to<const double>(statistics);
-  call.max_norm = std::numeric_limits<double>::infinity();
-  call.mean_gradients = to<const double>(mean_gradients);
-  call.dx_factor = to<const double>(dx_factor);
-  call.dx = to<void>(dx);
-  call.dx_squares = to<double>(dx_squares);
-  batch_norm_act_backward(kernels(), call);
 }
 
 // out: float64, the norm of each array, that of all together, and the factor of clipping.
@@ -176,27 +52,6 @@ std::pair<double, double> clip_all(const Arrays& arrays, double p, double max_no
 std::vector<bool> clip_by_unit(const Arrays& weights, const Arrays& gradients, double clip_factor, double eps, double p,
                                int threads) {
   return clip_units(kernels(), weights.list, gradients.list, clip_factor, eps, p, threads);
-}
-
-// running ← (1 − momentum)·running + momentum·batch for the mean and the unbiased variance, both (C,) of the given
-// type, from statistics of (3, C): in float64 and rounded once, from whichever end is the nearer, as torch.lerp. Counts
-// the batch, where there is a counter (int64).
-void update_running_statistics(Pointer statistics, int64_t channels, double momentum, int dtype, Pointer running_mean,
-                               Pointer running_var, Pointer num_batches_tracked) {
-  const KernelTable& table = kernels();
-  const double* batch_mean = to<const double>(statistics);
-  std::vector<double> values(channels);
-  const auto update = [&](Pointer running, const double* batch) {
-    table.to_double[dtype](to<const void>(running), values.data(), channels);
-    for (int64_t c = 0; c < channels; ++c) {
-      const double difference = batch[c] - values[c];
-      values[c] = momentum < 0.5 ? values[c] + momentum * difference : batch[c] - (1.0 - momentum) * difference;
-    }
-    table.from_double[dtype](values.data(), to<void>(running), channels);
-  };
-  update(running_mean, batch_mean);
-  update(running_var, batch_mean + 2 * channels);
-  if (num_batches_tracked.address) ++*to<int64_t>(num_batches_tracked);
 }
 
 void apply_math(const std::string& name, uintptr_t in, uintptr_t out, int64_t count, const std::string& kind) {
@@ -241,32 +96,12 @@ namespace pybind11::detail {
 
 template <>
 struct type_caster<vgkern::Pointer> {
-  PYBIND11_TYPE_CASTER(vgkern::Pointer, const_name("Tensor | None"));
+  PYBIND11_TYPE_CASTER(vgkern::Pointer, const_name("Tensor"));
 
   bool load(handle tensor, bool) {
-    if (!tensor.is_none()) value.address = vgkern::address_of(tensor);
+    value.address = tensor.attr("data_ptr")().cast<uintptr_t>();
     return true;
   }
-};
-
-template <>
-struct type_caster<vgkern::Channels> {
-  PYBIND11_TYPE_CASTER(vgkern::Channels, const_name("Tensor | None"));
-
-  bool load(handle tensor, bool) {
-    static PyObject* const is_contiguous = PyUnicode_InternFromString("is_contiguous");
-    static PyObject* const contiguous = PyUnicode_InternFromString("contiguous");
-    if (tensor.is_none()) return true;
-    if (vgkern::ask(tensor, is_contiguous).ptr() != Py_True) {
-      copy_ = vgkern::ask(tensor, contiguous);
-      tensor = copy_;
-    }
-    value.address = vgkern::address_of(tensor);
-    return true;
-  }
-
- private:
-  object copy_;
 };
 
 }  // namespace pybind11::detail
@@ -276,9 +111,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels for CPU tensors, behind vgkern.backends.cpu, which holds the order of the arguments.";
   run_serially_after_fork();
 
-  m.def("batch_norm_act_forward", &forward, py::call_guard<py::gil_scoped_release>());
-  m.def("batch_norm_act_backward", &backward, py::call_guard<py::gil_scoped_release>());
-  m.def("batch_norm_act_input_gradient", &input_gradient, py::call_guard<py::gil_scoped_release>());
+  add_direct_functions(m);
 
   m.def("gradient_norms", &norms, py::call_guard<py::gil_scoped_release>());
   m.def("sample_norms", &samples, py::call_guard<py::gil_scoped_release>());
@@ -303,8 +136,6 @@ PYBIND11_MODULE(_C, m) {
         "(parameters, gradients, Arrays of these) of those that have one, each gradient once; None if one is no plain "
         "CPU tensor.");
   m.def("read_tensors", &read_tensors, py::arg("tensors"), "Arrays of plain CPU tensors; None if one is not.");
-  m.def("update_running_statistics", &update_running_statistics);
-  m.def("are_ordinary", &are_ordinary);
 
   m.def(
       "dtype_names", [] { return std::vector<std::string>{"float32", "float64", "bfloat16", "float16"}; },

@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <functional>
+#include <numeric>
 #include <utility>
 
 #include "dlpack.h"
@@ -17,15 +19,6 @@ PyTypeObject* tensor_type = nullptr;
 PyTypeObject* parameter_type = nullptr;
 PyObject* grad = nullptr;  // the descriptor Tensor.grad: asking it saves the look-up by name, a third of the time
 int (*describe)(void*, DLTensor*) = nullptr;
-
-// -1 for a type that the kernels do not take.
-int code_of(DLDataType dtype) {
-  constexpr uint8_t kFloat = 2, kBFloat = 4;
-  if (dtype.lanes != 1) return -1;
-  if (dtype.code == kFloat)
-    return dtype.bits == 32 ? kFloat32 : dtype.bits == 64 ? kFloat64 : dtype.bits == 16 ? kFloat16 : -1;
-  return dtype.code == kBFloat && dtype.bits == 16 ? kBFloat16 : -1;
-}
 
 // Whether the axes are a stretch of memory in some order; they are sorted.
 bool is_dense(std::vector<std::pair<int64_t, int64_t>>& strides_and_sizes) {
@@ -77,8 +70,6 @@ class Addresses {
   std::vector<const void*> slots_;
 };
 
-bool is_plain(PyObject* object) { return Py_TYPE(object) == tensor_type || Py_TYPE(object) == parameter_type; }
-
 // Whether the tensor, of one of the two types, was added.
 bool read(PyObject* tensor, Arrays& arrays) {
   DLTensor view;
@@ -94,12 +85,67 @@ bool read(PyObject* tensor, Arrays& arrays) {
   return data != nullptr || arrays.list.back().count == 0;
 }
 
+// For torch without the table of functions.
+View view_by_attributes(py::handle tensor) {
+  View view{};
+  const py::object dtype = tensor.attr("dtype");
+  const std::pair<const char*, DLDataType> types[] = {
+      {"float32", {2, 32, 1}}, {"float64", {2, 64, 1}}, {"bfloat16", {4, 16, 1}},
+      {"float16", {2, 16, 1}}, {"int64", kInt64Type},
+  };
+  const auto torch = py::module_::import("torch");
+  for (const auto& [name, type] : types) {
+    if (dtype.is(torch.attr(name))) view.dtype = type;
+  }
+  view.device = {tensor.attr("is_cpu").cast<bool>() ? kDLCPU : DLDeviceType{}, 0};
+  view.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+  for (const char* name : {"size", "stride"}) {
+    for (const py::handle size : tensor.attr(name)()) view.sizes.push_back(size.cast<int64_t>());
+  }
+  view.ndim = static_cast<int32_t>(view.sizes.size() / 2);
+  view.shape = view.sizes.data();
+  view.strides = view.shape + view.ndim;
+  return view;
+}
+
 }  // namespace
+
+bool is_plain(PyObject* object) { return Py_TYPE(object) == tensor_type || Py_TYPE(object) == parameter_type; }
+
+int code_of(DLDataType dtype) {
+  constexpr uint8_t kFloat = 2, kBFloat = 4;
+  if (dtype.lanes != 1) return -1;
+  if (dtype.code == kFloat)
+    return dtype.bits == 32 ? kFloat32 : dtype.bits == 64 ? kFloat64 : dtype.bits == 16 ? kFloat16 : -1;
+  return dtype.code == kBFloat && dtype.bits == 16 ? kBFloat16 : -1;
+}
+
+View view_of(PyObject* tensor) {
+  if (describe == nullptr) return view_by_attributes(tensor);
+  View view{};
+  if (describe(tensor, &view) != 0) throw py::error_already_set();
+  if (view.data != nullptr) view.data = static_cast<char*>(view.data) + view.byte_offset;
+  return view;
+}
+
+bool is_contiguous(const View& tensor) {
+  int64_t count = 1;
+  for (int64_t i = tensor.ndim; i-- > 0;) {
+    if (tensor.shape[i] != 1 && tensor.strides[i] != count) return false;
+    count *= tensor.shape[i];
+  }
+  return true;
+}
+
+int64_t count_of(const View& tensor) {
+  return std::accumulate(tensor.shape, tensor.shape + tensor.ndim, int64_t{1}, std::multiplies<int64_t>());
+}
 
 void use_tensor_types(py::type tensor, py::type parameter) {
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
   parameter_type = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
   grad = py::object(tensor.attr("grad")).release().ptr();
+  describe = nullptr;
   const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
   constexpr auto kName = "dlpack_exchange_api";
   if (!PyCapsule_IsValid(capsule.ptr(), kName)) return;

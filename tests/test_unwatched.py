@@ -44,9 +44,9 @@ def ways(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(ops, "run_forward", counted("forward", ops.run_forward))
-    monkeypatch.setattr(ops, "run_backward", counted("backward", ops.run_backward))
     for name in ("batch_norm_act_forward", "batch_norm_act_backward"):
+        for backend in (cpu, reference):
+            monkeypatch.setattr(backend, name, counted(name.rpartition("_")[2], getattr(backend, name)))
         monkeypatch.setattr(ops, name, counted("op", getattr(ops, name)))
     return called
 
@@ -57,6 +57,16 @@ def _step(layer, x, residual):
 
 def _inputs():
     return [torch.randn(SHAPE, requires_grad=True) for _ in range(2)]
+
+
+@contextlib.contextmanager
+def _without_exchange_table():
+    """As with torch 2.9, whose type of tensors has no table of functions that describe them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", None, raising=False)
+        ops.use_tensor_types(torch.Tensor, nn.Parameter)
+        yield
+    ops.use_tensor_types(torch.Tensor, nn.Parameter)
 
 
 # Where it is taken ----------------------------------------------------------------------------------------------------
@@ -293,18 +303,26 @@ def test_saved_tensors_that_hooks_may_have_changed_take_the_operator(ways):
 )
 def test_what_a_kernel_cannot_read_is_not_ordinary(make):
     x = torch.randn(3, 4)
-    assert ops.unwatched(x, None, nn.Parameter(x))
-    assert not ops.unwatched(x, None, make(x))
+    for context in (contextlib.nullcontext, _without_exchange_table):
+        with context():
+            assert ops.unwatched(x, None, nn.Parameter(x))
+            assert not ops.unwatched(x, None, make(x))
 
 
 def test_an_error_that_is_no_answer_is_handed_on():
     class Broken:
-        @property
-        def is_cpu(self):
-            raise KeyError("is_cpu")
+        grad = property()
 
-    with pytest.raises(KeyError):
-        ops.are_ordinary((Broken(),), Broken, Broken)
+        @property
+        def dtype(self):
+            raise KeyError("dtype")
+
+    ops.use_tensor_types(Broken, Broken)
+    try:
+        with pytest.raises(KeyError):
+            ops.are_ordinary((Broken(),))
+    finally:
+        ops.use_tensor_types(torch.Tensor, nn.Parameter)
 
 
 def test_lazy_negatives(ways):
@@ -333,6 +351,33 @@ def test_the_short_cut_of_the_checks_refuses_nothing_and_finds_what_is_common(mo
     BatchNormAct2d(7, affine=False, track_running_stats=False, activation="gelu")(x)
 
 
+def _steps(shape, dtype, activation):
+    """Bits of all that two steps in training and one in eval mode make, the last with a variance that is a slice."""
+    layer = randomised(BatchNormAct2d(shape[1], activation=activation, dtype=dtype))
+    results = []
+    for training, memory_format in (
+        (True, torch.contiguous_format), (True, torch.channels_last), (False, torch.contiguous_format),
+    ):  # fmt: skip
+        if not training:
+            layer.running_var = torch.stack([layer.running_var] * 2, 1)[:, 1]
+        inputs = [t.to(dtype).requires_grad_() for t in torch.randn(2, *shape, generator=_seeded())]
+        y = layer.train(training)(inputs[0].contiguous(memory_format=memory_format), inputs[1])
+        y.backward(torch.ones_like(y))
+        results += bits(y, *(t.grad for t in inputs), *layer.state_dict().values(), layer._probe.grad)
+    return results + bits(*(p.grad for p in layer.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_tensors_described_by_their_attributes_give_the_same_bits(ways, dtype):
+    results = []
+    for context in (contextlib.nullcontext, _without_exchange_table):
+        torch.manual_seed(0)
+        with context():
+            results.append(_steps(SHAPE, dtype, "prelu" if dtype is torch.float32 else "relu"))
+    assert results[0] == results[1]
+    assert ways == ["forward", "backward"] * 6
+
+
 # State ----------------------------------------------------------------------------------------------------------------
 
 
@@ -357,17 +402,24 @@ def test_running_statistics_by_both_ways(dtype, momentum):
     assert ours[2] == theirs[2] == 5
 
 
-def test_running_statistics_that_are_slices_and_a_counter_of_another_type():
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("running_mean", lambda: torch.zeros(7, 2)[:, 0]),
+        ("running_var", lambda: torch.ones(7, 2)[:, 0]),
+        ("num_batches_tracked", lambda: torch.tensor(0.0)),
+    ],
+)
+def test_running_statistics_that_are_slices_and_a_counter_of_another_type(name, value):
     layer, plain = BatchNormAct2d(7), nn.BatchNorm2d(7)
-    layer.running_mean = torch.zeros(7, 2)[:, 0]
-    layer.num_batches_tracked = torch.tensor(0.0)
+    setattr(layer, name, value())
     x = torch.randn(SHAPE)
     for module in (layer, plain):
         module(x)
     torch.testing.assert_close(layer.running_mean, plain.running_mean)
     torch.testing.assert_close(layer.running_var, plain.running_var)
     assert layer.num_batches_tracked == 1
-    assert layer.num_batches_tracked.dtype is torch.float32
+    assert layer.num_batches_tracked.dtype is (torch.float32 if name == "num_batches_tracked" else torch.int64)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"], indirect=True)
@@ -431,8 +483,8 @@ def test_the_calls_of_a_step_are_few():
         y = forward()
         counts.append((_calls(forward), _calls(lambda y=y: y.backward(dy))))
     (forward, backward), (eager_forward, eager_backward) = counts
-    assert forward - eager_forward <= 60  # 53 with Python 3.11 and torch 2.13; 342 by the dispatcher and all checks
-    assert backward - eager_backward <= 42  # 35
+    assert forward - eager_forward <= 28  # 21 with Python 3.11 and torch 2.13; 342 by the dispatcher and all checks
+    assert backward - eager_backward <= 32  # 25
 
 
 def test_a_forced_backend_is_taken_by_the_short_way(ways):

@@ -43,7 +43,7 @@ __all__ = ["MemoryStats", "empty_cache", "limit", "set_limit", "stats"]
 # Forward and backward of four layers in a row took, with torch.empty's memory, times as long as with the pool's:
 # 1.0 at 0.25 and 0.5 MiB, 1.5 at 1 MiB, 1.3 at 4 and 8, 1.7 at 16, 3.0 at 32, 3.5 at 103 (CPU time of one thread of an
 # AMD EPYC, glibc 2.36, torch 2.13, huge pages on request, medians).
-_THRESHOLD = 1 << 20
+THRESHOLD = 1 << 20
 
 _deterministic: Any = torch.utils.deterministic  # the module has no attributes that a type checker would see
 
@@ -125,7 +125,7 @@ def set_limit(bytes: int) -> None:
 
 def empty_like(x: Tensor) -> Tensor:
     """``torch.empty_like(x)``, in memory of the pool where x is large and in one of the memory formats."""
-    if x.nbytes < _THRESHOLD or _C is None or not _is_dense(x):
+    if x.nbytes < THRESHOLD or _C is None or not _is_dense(x):
         return torch.empty_like(x)
     capsule = _C.pool_tensor(x.shape, x.stride(), _DLPACK_TYPE[x.dtype])
     if capsule is None:
