@@ -27,6 +27,20 @@ struct Pointer {
 // Of a tensor of channels, which may be a slice of another: then it points at a copy, for the length of the call.
 struct Channels : Pointer {};
 
+// A residual: a tensor, or a tuple of a tensor and what there is of its batch norm, in this order; of the last seven,
+// the first three are the forward's, and the others the backward's.
+struct Residual : Pointer {
+  bool normalised = false;
+  double eps;
+  Channels weight, bias;
+  int dtype;
+  Channels running_mean, running_var;
+  int running_dtype;
+  Pointer dweight, dbias;
+  int gradient_dtype;
+  Pointer record;
+};
+
 template <class T>
 T* to(Pointer p) {
   return reinterpret_cast<T*>(p.address);
@@ -71,7 +85,7 @@ bool are_ordinary(py::tuple tensors, py::handle tensor_type, py::handle paramete
 
 template <class Call>
 Call common(bool rows, int64_t batch, int64_t channels, int64_t spatial, DataType dtype, int threads, bool training,
-            double eps, int activation, std::vector<double> activation_args, Pointer x, Pointer residual,
+            double eps, int activation, std::vector<double> activation_args, Pointer x, const Residual& residual,
             Channels weight, Channels bias, DataType parameter_dtype, Channels activation_weight,
             DataType activation_weight_dtype, int64_t activation_weight_size) {
   Call call{};
@@ -79,28 +93,35 @@ Call common(bool rows, int64_t batch, int64_t channels, int64_t spatial, DataTyp
   call.dtype = dtype;
   call.threads = threads;
   call.training = training;
-  call.eps = eps;
   call.activation = activation;
   call.activation_args = std::move(activation_args);
   call.x = to<const void>(x);
   call.residual = to<const void>(residual);
-  call.weight = {to<const void>(weight), parameter_dtype};
-  call.bias = {to<const void>(bias), parameter_dtype};
+  call.norm = {{to<const void>(weight), parameter_dtype}, {to<const void>(bias), parameter_dtype}, eps, {}, {}};
+  call.normalises_residual = residual.normalised;
+  if (residual.normalised) {
+    const DataType dtype = DataType(residual.dtype), running = DataType(residual.running_dtype);
+    call.residual_norm = {{to<const void>(residual.weight), dtype},
+                          {to<const void>(residual.bias), dtype},
+                          residual.eps,
+                          {to<const void>(residual.running_mean), running},
+                          {to<const void>(residual.running_var), running}};
+  }
   call.activation_weight = {to<const void>(activation_weight), activation_weight_dtype};
   call.activation_weight_size = activation_weight_size;
   return call;
 }
 
 void forward(bool rows, int64_t batch, int64_t channels, int64_t spatial, int dtype, int threads, bool training,
-             double eps, int activation, std::vector<double> activation_args, Pointer x, Pointer residual,
+             double eps, int activation, std::vector<double> activation_args, Pointer x, const Residual& residual,
              Channels weight, Channels bias, int parameter_dtype, Channels activation_weight,
              int activation_weight_dtype, int64_t activation_weight_size, Channels running_mean, Channels running_var,
              int running_dtype, Pointer y, Pointer statistics, Pointer saved_mask) {
   auto call = common<Forward>(rows, batch, channels, spatial, DataType(dtype), threads, training, eps, activation,
                               std::move(activation_args), x, residual, weight, bias, DataType(parameter_dtype),
                               activation_weight, DataType(activation_weight_dtype), activation_weight_size);
-  call.running_mean = {to<const void>(running_mean), DataType(running_dtype)};
-  call.running_var = {to<const void>(running_var), DataType(running_dtype)};
+  call.norm.running_mean = {to<const void>(running_mean), DataType(running_dtype)};
+  call.norm.running_var = {to<const void>(running_var), DataType(running_dtype)};
   call.y = to<void>(y);
   call.statistics = to<double>(statistics);
   call.saved_mask = to<uint8_t>(saved_mask);
@@ -108,7 +129,7 @@ void forward(bool rows, int64_t batch, int64_t channels, int64_t spatial, int dt
 }
 
 void backward(bool rows, int64_t batch, int64_t channels, int64_t spatial, int dtype, int threads, bool training,
-              double eps, int activation, std::vector<double> activation_args, Pointer x, Pointer residual,
+              double eps, int activation, std::vector<double> activation_args, Pointer x, const Residual& residual,
               Channels weight, Channels bias, int parameter_dtype, Channels activation_weight,
               int activation_weight_dtype, int64_t activation_weight_size, Pointer dy, Pointer mask,
               Channels statistics, double min_norm, double max_norm, Pointer dx, Pointer dresidual, Pointer dweight,
@@ -128,14 +149,21 @@ void backward(bool rows, int64_t batch, int64_t channels, int64_t spatial, int d
   call.dactivation_weight = to<void>(dactivation_weight);
   call.gradient_dtype = DataType(gradient_dtype);
   call.record = to<double>(record);
+  if (residual.normalised) {
+    call.dresidual_weight = to<void>(residual.dweight);
+    call.dresidual_bias = to<void>(residual.dbias);
+    call.residual_gradient_dtype = DataType(residual.gradient_dtype);
+    call.residual_record = to<double>(residual.record);
+  }
   batch_norm_act_backward(kernels(), call);
 }
 
 void input_gradient(bool rows, int64_t batch, int64_t channels, int64_t spatial, int dtype, int threads, bool training,
-                    double eps, int activation, std::vector<double> activation_args, Pointer x, Pointer residual,
-                    Channels weight, Channels bias, int parameter_dtype, Channels activation_weight,
-                    int activation_weight_dtype, int64_t activation_weight_size, Pointer dy, Pointer mask,
-                    Channels statistics, Pointer mean_gradients, Pointer dx_factor, Pointer dx, Pointer dx_squares) {
+                    double eps, int activation, std::vector<double> activation_args, Pointer x,
+                    const Residual& residual, Channels weight, Channels bias, int parameter_dtype,
+                    Channels activation_weight, int activation_weight_dtype, int64_t activation_weight_size, Pointer dy,
+                    Pointer mask, Channels statistics, Pointer mean_gradients, Pointer dx_factor, Pointer dx,
+                    Pointer dx_squares) {
   auto call = common<Backward>(rows, batch, channels, spatial, DataType(dtype), threads, training, eps, activation,
                                std::move(activation_args), x, residual, weight, bias, DataType(parameter_dtype),
                                activation_weight, DataType(activation_weight_dtype), activation_weight_size);
@@ -256,6 +284,40 @@ struct type_caster<vgkern::Channels> {
 
  private:
   object copy_;
+};
+
+template <>
+struct type_caster<vgkern::Residual> {
+  PYBIND11_TYPE_CASTER(vgkern::Residual, const_name("Tensor | tuple | None"));
+
+  bool load(handle residual, bool) {
+    const bool normalised = PyTuple_Check(residual.ptr());
+    const handle tensor = normalised ? handle(PyTuple_GET_ITEM(residual.ptr(), 0)) : residual;
+    if (!tensor.is_none()) value.address = vgkern::address_of(tensor);
+    if (!normalised) return true;
+    const auto given = reinterpret_borrow<tuple>(residual);
+    value.normalised = true;
+    value.eps = given[1].cast<double>();
+    value.dtype = given[4].cast<int>();
+    value.running_dtype = given[7].cast<int>();
+    value.gradient_dtype = given[10].cast<int>();
+    vgkern::Channels* const channels[] = {&value.weight, &value.bias, &value.running_mean, &value.running_var};
+    const int places[] = {2, 3, 5, 6};
+    for (int i = 0; i < 4; ++i) {
+      casters_[i].load(given[places[i]], false);
+      *channels[i] = cast_op<vgkern::Channels&>(casters_[i]);
+    }
+    vgkern::Pointer* const pointers[] = {&value.dweight, &value.dbias, &value.record};
+    const int after[] = {8, 9, 11};
+    for (int i = 0; i < 3; ++i) {
+      const object gradient = given[after[i]];
+      if (!gradient.is_none()) pointers[i]->address = vgkern::address_of(gradient);
+    }
+    return true;
+  }
+
+ private:
+  make_caster<vgkern::Channels> casters_[4];  // they hold copies
 };
 
 }  // namespace pybind11::detail

@@ -323,8 +323,8 @@ using CancellingSum = std::conditional_t<sizeof(T) == 2, StretchSum<R, S, COLUMN
 template <class R, int kFirst, int kEnd>
 class LaneSums {
  public:
-  VGKERN_INLINE explicit LaneSums(const Tile& tile) : tile_(tile) {
-    if (tile.across) return;
+  VGKERN_INLINE explicit LaneSums(const Tile& tile, bool wanted = true) : tile_(tile), wanted_(wanted) {
+    if (tile.across || !wanted) return;
     for (int row = kFirst; row < kEnd; ++row) {
       for (int64_t i = 0; i < tile.channels; ++i) store(lanes(row, i), Wide<R>(0.0));
     }
@@ -339,7 +339,7 @@ class LaneSums {
   }
 
   VGKERN_INLINE void finish() {
-    if (tile_.across) return;
+    if (tile_.across || !wanted_) return;
     for (int row = kFirst; row < kEnd; ++row) {
       for (int64_t i = 0; i < tile_.channels; ++i) sums(row)[i] += sum(load_wide<R>(lanes(row, i)));
     }
@@ -352,6 +352,7 @@ class LaneSums {
   }
 
   const Tile& tile_;
+  const bool wanted_;
   double lanes_[(kEnd - kFirst) * kTileChannels * kLanes<R>];
 };
 
@@ -361,11 +362,13 @@ struct PreActivation {
   using R = Opmath<T>;
 
   const Tile& tile;
+  const int64_t channel;
   PerColumn<R, COLUMNS> pivot, scale, scale_low, shift, shift_low, weight;
   R fill;
 
   VGKERN_INLINE PreActivation(const Tile& tile, int64_t channel)
       : tile(tile),
+        channel(channel),
         pivot(tile, channel, kPivot),
         scale(tile, channel, kScale),
         scale_low(tile, channel, kScaleLow),
@@ -380,11 +383,30 @@ struct PreActivation {
     unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { d[j] = d[j] - pivot[j]; });
   }
 
+  // Of a residual that is normalised. Its parameters are looked up for each block: held in registers, as those of x,
+  // they would take these from residuals that are not.
+  template <int VECTORS>
+  VGKERN_INLINE void residual_deviations(Vec<R> (&e)[VECTORS], const Block<R, COLUMNS>& at) const {
+    const PerColumn<R, COLUMNS> pivot(tile, channel, of_residual(kPivot));
+    load_block(e, static_cast<const T*>(tile.residual), at, *Parameters<R>{tile, channel}.at(of_residual(kPivot)));
+    unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { e[j] = e[j] - pivot[j]; });
+  }
+
+  template <int VECTORS>
+  VGKERN_INLINE void add_residual(Vec<R> (&z)[VECTORS], const Vec<R> (&e)[VECTORS], Parameter scale,
+                                  Parameter shift) const {
+    const PerColumn<R, COLUMNS> a(tile, channel, of_residual(scale)), b(tile, channel, of_residual(shift));
+    unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { z[j] = z[j] + fma(e[j], a[j], b[j]); });
+  }
+
   template <int VECTORS>
   VGKERN_INLINE void operator()(Vec<R> (&z)[VECTORS], const Vec<R> (&d)[VECTORS], const Block<R, COLUMNS>& at) const {
     unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { z[j] = fma(d[j], scale[j], shift[j]); });
-    if (tile.residual) {
-      Vec<R> residual[VECTORS];
+    Vec<R> residual[VECTORS];
+    if (tile.normalises_residual) {
+      residual_deviations(residual, at);
+      add_residual(z, residual, kScale, kShift);
+    } else if (tile.residual) {
       load_block(residual, static_cast<const T*>(tile.residual), at, R(0));
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { z[j] = z[j] + residual[j]; });
     }
@@ -392,6 +414,7 @@ struct PreActivation {
     // see them.
     if (sizeof(T) > 2 && tile.normalises) {
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { z[j] = z[j] + fma(d[j], scale_low[j], shift_low[j]); });
+      if (tile.normalises_residual) add_residual(z, residual, kScaleLow, kShiftLow);
     }
   }
 };
@@ -557,7 +580,8 @@ struct ReducePass {
 
   const Tile tile;
   const F activation{tile.activation_args};
-  LaneSums<R, 0, F::has_weight ? kDxSquares : kDead> sums{tile};
+  LaneSums<R, 0, F::has_weight ? kDzResidualDeviation : kDead> sums{tile};
+  LaneSums<R, kDzResidualDeviation, kDxSquares> residual_sums{tile, tile.normalises_residual};
   int64_t dead = 0;
 
   template <int COLUMNS>
@@ -582,17 +606,15 @@ struct ReducePass {
       }
       Derivative<R, VECTORS> d;
       differentiate(d, pass.activation, z_of, at, deviation, dy);
-      if (tile.dresidual) store_block(d.dz, static_cast<T*>(tile.dresidual), at, tile.streams);
+      if (tile.normalises_residual) {
+        add_residual(d.dz, at);
+      } else if (tile.dresidual) {
+        store_block(d.dz, static_cast<T*>(tile.dresidual), at, tile.streams);
+      }
       if (tile.dz) {
         unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { store(static_cast<T*>(tile.dz) + at.dz_of(j), d.dz[j]); });
       }
-      if (tile.dx) {
-        const PerColumn<R, COLUMNS> scale(tile, channel, kInputScale);
-        const Vec<R> factor(static_cast<R>(tile.dx_factor));
-        Vec<R> dx[VECTORS];
-        unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { dx[j] = d.dz[j] * scale[j] * factor; });
-        store_block(dx, static_cast<T*>(tile.dx), at, tile.streams);
-      }
+      if (tile.dx) store_scaled(d.dz, kInputScale, tile.dx, at);
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
         using Term = typename CancellingSum<T, R, S, COLUMNS>::Term;
         const Term dz(d.dz[j]);
@@ -608,6 +630,32 @@ struct ReducePass {
         });
       }
     }
+
+    template <int VECTORS>
+    VGKERN_INLINE void store_scaled(const Vec<R> (&dz)[VECTORS], Parameter which, void* target,
+                                    const Block<R, COLUMNS>& at) const {
+      const PerColumn<R, COLUMNS> scale(pass.tile, channel, which);
+      const Vec<R> factor(static_cast<R>(pass.tile.dx_factor));
+      Vec<R> dx[VECTORS];
+      unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { dx[j] = dz[j] * scale[j] * factor; });
+      store_block(dx, static_cast<T*>(target), at, pass.tile.streams);
+    }
+
+    // The share of a residual that is normalised. Its sum is added up in memory, block by block, and no register of a
+    // residual that is not is spent on it.
+    template <int VECTORS>
+    VGKERN_INLINE void add_residual(const Vec<R> (&dz)[VECTORS], const Block<R, COLUMNS>& at) {
+      using Sum = CancellingSum<T, R, S, COLUMNS>;
+      using Term = typename Sum::Term;
+      Vec<R> deviation[VECTORS];
+      z_of.residual_deviations(deviation, at);
+      Sum sum;
+      unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { sum.add_product(j, Term(dz[j]), Term(deviation[j])); });
+      sum.end_strip();
+      pass.residual_sums.add(kDzResidualDeviation, channel, sum);
+      if (pass.tile.dresidual) store_scaled(dz, of_residual(kInputScale), pass.tile.dresidual, at);
+    }
+
     VGKERN_INLINE void end_strip() {
       dz_sum.end_strip();
       dz_deviation.end_strip();
@@ -630,6 +678,7 @@ void reduce_tile(const Tile& tile) {
   ReducePass<T, F, S> pass{tile};
   walk(pass);
   pass.sums.finish();
+  pass.residual_sums.finish();
   tile.sums[kDead * tile.padded_channels] += static_cast<double>(pass.dead);
 }
 
@@ -641,7 +690,7 @@ struct ApplyPass {
 
   const Tile tile;
   const F activation{tile.activation_args};
-  LaneSums<R, kDxSquares, kSums> sums{tile};
+  LaneSums<R, kDxSquares, kSums> sums{tile, tile.sums != nullptr};
 
   template <int COLUMNS>
   struct Stretch {
@@ -688,7 +737,31 @@ struct ApplyPass {
           squares.add_product(j, wide, wide);
         });
       }
+      if (tile.normalises_residual) store_dresidual(d.dz, at);
     }
+
+    template <int VECTORS>
+    VGKERN_INLINE void store_dresidual(const Vec<R> (&dz)[VECTORS], const Block<R, COLUMNS>& at) {
+      const Tile& tile = pass.tile;
+      Vec<R> deviation[VECTORS], dresidual[VECTORS];
+      z_of.residual_deviations(deviation, at);
+      const PerColumn<R, COLUMNS> scale(tile, channel, of_residual(kInputScale));
+      const PerColumn<R, COLUMNS> slope(tile, channel, of_residual(kInputSlope));
+      const PerColumn<R, COLUMNS> shift(tile, channel, of_residual(kInputShift));
+      unroll<VECTORS>(
+          [&](auto j) VGKERN_LAMBDA { dresidual[j] = fma(dz[j], scale[j], fma(deviation[j], slope[j], shift[j])); });
+      store_block(dresidual, static_cast<T*>(tile.dresidual), at, tile.streams);
+      if (tile.sums) {
+        WideSum<R, COLUMNS> sum;
+        unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
+          const Wide<R> wide(j < VECTORS - 1 ? dresidual[j]
+                                             : select(first_lanes<R>(at.lanes), dresidual[j], Vec<R>(0)));
+          sum.add_product(j, wide, wide);
+        });
+        pass.sums.add(kDresidualSquares, channel, sum);
+      }
+    }
+
     VGKERN_INLINE void end_strip() {}
     VGKERN_INLINE void finish() {
       if (pass.tile.sums) pass.sums.add(kDxSquares, channel, squares);

@@ -331,14 +331,14 @@ def check_all(
     """:func:`check` and :func:`check_batch_norm`; returns whether the call is :func:`unwatched`, and not ``shared``."""
     per_channel = (running_mean, running_var, weight, bias)
     direct = not shared and unwatched(input, residual, activation_weight, *per_channel)
-    common = direct and _is_common(input, residual, spec, activation_weight, per_channel, training, momentum, eps)
+    common = direct and is_common(input, residual, spec, activation_weight, per_channel, training, momentum, eps)
     if not common:
         check(input, residual, spec, activation_weight)
         check_batch_norm(input, *per_channel, training, momentum, eps, shared)
     return direct
 
 
-def _is_common(input, residual, spec, activation_weight, per_channel, training, momentum, eps) -> bool:
+def is_common(input, residual, spec, activation_weight, per_channel, training, momentum, eps) -> bool:
     """Whether it is plain that no check refuses ordinary CPU tensors: 2 µs; the checks, which find words, take 14.
 
     So it is for (N, C, *) with all else of its dtype, statistics given or not needed, and no learnable activation.
@@ -412,12 +412,15 @@ def check_batch_norm(
     momentum: float,
     eps: float,
     shared: bool = False,
+    prefix: str = "",
 ) -> None:
     """Refuse what ``torch.nn.functional.batch_norm`` refuses, with its exception types, and what it should.
 
-    ``shared``: other processes have a part in the statistics, so one value a channel is enough here.
+    ``shared``: other processes have a part in the statistics, so one value a channel is enough here. ``prefix``: of the
+    arguments' names.
     """
     given = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    given = {prefix + name: tensor for name, tensor in given.items()}
     per_channel = {name: tensor for name, tensor in given.items() if tensor is not None}
     for name, tensor in per_channel.items():
         _check_dense(name, tensor)
@@ -426,7 +429,7 @@ def check_batch_norm(
     if training and (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if not training:
-        for name in ("running_mean", "running_var"):
+        for name in (f"{prefix}running_mean", f"{prefix}running_var"):
             if name not in per_channel:
                 raise RuntimeError(f"{name} must be defined in evaluation mode, got None")
     if input.dim() < 2:
@@ -446,7 +449,7 @@ def check_batch_norm(
                 f"{name} should contain {channels} elements (the channels of input), got shape {tuple(tensor.shape)}"
             )
         _check_beside(name, tensor, input)
-        if name.startswith("running") and tensor.requires_grad:
+        if "running" in name and tensor.requires_grad:
             raise RuntimeError(f"{name}: batch_norm is not differentiable with respect to it; got requires_grad=True")
     if len({tensor.dtype for tensor in per_channel.values()}) > 1:
         given = ", ".join(f"{name} of {tensor.dtype}" for name, tensor in per_channel.items())

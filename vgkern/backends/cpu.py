@@ -120,6 +120,70 @@ def batch_norm_act_backward(
     return dx, dresidual, dweight, dbias, dactivation_weight, record
 
 
+def _residual(residual, weight, bias, eps, running_mean, running_var, dweight=None, dbias=None, record=None):
+    """A residual with its batch norm, as the extension takes it."""
+    parameter = bias if weight is None else weight
+    dtype = _DTYPE[(residual if parameter is None else parameter).dtype]
+    running_dtype = 0 if running_mean is None else _DTYPE[running_mean.dtype]
+    return residual, eps, weight, bias, dtype, running_mean, running_var, running_dtype, dweight, dbias, dtype, record
+
+
+def double_batch_norm_act_forward(
+    x, residual, weight, bias, running_mean, running_var, residual_weight, residual_bias, residual_running_mean,
+    residual_running_var, activation_weight, training, eps, residual_eps, activation, activation_args, save_mask,
+):  # fmt: skip
+    """3 units where a channel of x and residual stays in cache: reads both, writes y (and the mask); 5 else."""
+    layout = ops.layout(x)
+    y = memory.empty_like(x)
+    statistics = torch.empty(2, 3, layout[2], dtype=torch.float64, device=_CPU)
+    mask = None
+    if save_mask and ops.needs_mask(activation, True):
+        outer, inner = ops.mask_geometry(x)
+        mask = torch.empty(outer, (inner + 7) // 8, dtype=torch.uint8, device=_CPU)
+    shortcut = _residual(
+        residual, residual_weight, residual_bias, residual_eps, residual_running_mean, residual_running_var
+    )
+    _C.batch_norm_act_forward(
+        *_common(layout, x, shortcut, weight, bias, activation_weight, training, eps, activation, activation_args),
+        running_mean, running_var, 0 if running_mean is None else _DTYPE[running_mean.dtype], y, statistics, mask,
+    )  # fmt: skip
+    return y, statistics, mask
+
+
+def double_batch_norm_act_backward(
+    dy, x, residual, mask, statistics, weight, bias, residual_weight, residual_bias, activation_weight,
+    training, eps, residual_eps, activation, activation_args, output_mask,
+):  # fmt: skip
+    """5 units where a channel stays in cache: reads dy, x, residual (and the mask), writes dx and dresidual; 8 else."""
+    want_dx, want_dresidual, *want_parameters, want_dactivation_weight, want_record, want_residual_record = output_mask
+    both = training and (want_dx or want_dresidual)  # the pass that writes one writes the other
+    dx = memory.empty_like(x) if want_dx or both else None
+    dresidual = memory.empty_like(x) if want_dresidual or both else None
+    dweight, dbias, dresidual_weight, dresidual_bias = (
+        torch.empty_like(parameter) if wanted else None
+        for parameter, wanted in zip((weight, bias, residual_weight, residual_bias), want_parameters, strict=True)
+    )
+    dactivation_weight = torch.empty_like(activation_weight) if want_dactivation_weight else None
+    record = torch.empty_like(_RECORD) if want_record else None
+    residual_record = torch.empty_like(_RECORD) if want_residual_record else None
+    shortcut = _residual(
+        residual, residual_weight, residual_bias, residual_eps, None, None, dresidual_weight, dresidual_bias,
+        residual_record,
+    )  # fmt: skip
+    parameter = x if weight is bias is None else bias if weight is None else weight
+    _C.batch_norm_act_backward(
+        *_common(
+            ops.layout(x), x, shortcut, weight, bias, activation_weight, training, eps, activation, activation_args
+        ),
+        dy, mask, statistics, 0.0, math.inf, dx, dresidual, dweight, dbias, dactivation_weight,
+        _DTYPE[parameter.dtype], record,
+    )  # fmt: skip
+    return (
+        dx if want_dx else None, dresidual if want_dresidual else None, dweight, dbias, dresidual_weight,
+        dresidual_bias, dactivation_weight, record, residual_record,
+    )  # fmt: skip
+
+
 def batch_norm_moments(x):
     """1 read of x; of float64, 2."""
     _, n, c, s = layout = ops.layout(x)

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from .. import ops
 from .reference import clip_units_ as clip_units_  # no kernel yet: PyTorch's operations, one gradient at a time
+from .reference import double_batch_norm_act_backward as double_batch_norm_act_backward
+from .reference import double_batch_norm_act_forward as double_batch_norm_act_forward
 from .reference import update_running_statistics as update_running_statistics
 
 
