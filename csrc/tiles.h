@@ -351,13 +351,115 @@ class LaneSums {
     return lanes_ + ((row - kFirst) * kTileChannels + channel) * kLanes<R>;
   }
 
-  const Tile& tile_;
+  const Tile tile_;  // a copy: a reference would let whoever adds to the sums reach the pass
   const bool wanted_;
   double lanes_[(kEnd - kFirst) * kTileChannels * kLanes<R>];
 };
 
+// A block of a residual that is normalised, and z or dz of it. Its parameters are looked up for each block: in
+// registers, as those of x, they would take these from residuals that are not.
+//
+// OUT_OF_LINE: for passes that are rare. Then it is no part of their code but one function for all activations, and all
+// is given as copies, since what a function may reach by its address stays in no register.
+template <class T, int VECTORS, int COLUMNS, bool OUT_OF_LINE>
+struct NormalisedResidual {
+  using R = Opmath<T>;
+
+  std::conditional_t<OUT_OF_LINE, const Tile, const Tile&> tile;
+  const int64_t channel;
+  std::conditional_t<OUT_OF_LINE, const Block<R, COLUMNS>, const Block<R, COLUMNS>&> at;
+  Vec<R> values[VECTORS];
+
+  VGKERN_INLINE NormalisedResidual(const Tile& tile, int64_t channel, const Block<R, COLUMNS>& at,
+                                   const Vec<R> (&given)[VECTORS])
+      : tile(tile), channel(channel), at(at) {
+    unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { values[j] = given[j]; });
+  }
+
+  // To z.
+  VGKERN_INLINE void add() {
+    if constexpr (OUT_OF_LINE) {
+      call_add();
+    } else {
+      add_here();
+    }
+  }
+
+  // The sum of dz·e, strips in S; dresidual under frozen statistics.
+  template <class S, class Sums>
+  VGKERN_INLINE void reduce(Sums& sums) const {
+    if constexpr (OUT_OF_LINE) {
+      call_reduce<S>(sums);
+    } else {
+      reduce_here<S>(sums);
+    }
+  }
+
+  // dresidual, and its squares where they are asked for.
+  template <class Sums>
+  VGKERN_INLINE void apply(Sums& sums) const {
+    Vec<R> e[VECTORS], dresidual[VECTORS];
+    deviations(e);
+    const auto scale = parameter(kInputScale), slope = parameter(kInputSlope), shift = parameter(kInputShift);
+    unroll<VECTORS>([&](auto j)
+                        VGKERN_LAMBDA { dresidual[j] = fma(values[j], scale[j], fma(e[j], slope[j], shift[j])); });
+    store_block(dresidual, static_cast<T*>(tile.dresidual), at, tile.streams);
+    if (!tile.sums) return;
+    WideSum<R, COLUMNS> sum;
+    unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
+      const Wide<R> wide(j < VECTORS - 1 ? dresidual[j] : select(first_lanes<R>(at.lanes), dresidual[j], Vec<R>(0)));
+      sum.add_product(j, wide, wide);
+    });
+    sums.add(kDresidualSquares, channel, sum);
+  }
+
+ private:
+  VGKERN_INLINE void add_here() {
+    Vec<R> e[VECTORS];
+    deviations(e);
+    add_product(e, kScale, kShift);
+    if (sizeof(T) > 2) add_product(e, kScaleLow, kShiftLow);
+  }
+
+  template <class S, class Sums>
+  VGKERN_INLINE void reduce_here(Sums& sums) const {
+    using Sum = CancellingSum<T, R, S, COLUMNS>;
+    using Term = typename Sum::Term;
+    Vec<R> e[VECTORS], dresidual[VECTORS];
+    deviations(e);
+    Sum sum;
+    unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { sum.add_product(j, Term(values[j]), Term(e[j])); });
+    sum.end_strip();
+    sums.add(kDzResidualDeviation, channel, sum);
+    if (!tile.dresidual) return;
+    const PerColumn<R, COLUMNS> scale = parameter(kInputScale);
+    unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { dresidual[j] = values[j] * scale[j]; });
+    store_block(dresidual, static_cast<T*>(tile.dresidual), at, tile.streams);
+  }
+
+  VGKERN_NOINLINE void call_add() { add_here(); }
+
+  template <class S, class Sums>
+  VGKERN_NOINLINE void call_reduce(Sums& sums) const {
+    reduce_here<S>(sums);
+  }
+
+  VGKERN_INLINE PerColumn<R, COLUMNS> parameter(Parameter which) const { return {tile, channel, of_residual(which)}; }
+
+  VGKERN_INLINE void deviations(Vec<R> (&e)[VECTORS]) const {
+    const PerColumn<R, COLUMNS> pivot = parameter(kPivot);
+    load_block(e, static_cast<const T*>(tile.residual), at, *Parameters<R>{tile, channel}.at(of_residual(kPivot)));
+    unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { e[j] = e[j] - pivot[j]; });
+  }
+
+  VGKERN_INLINE void add_product(const Vec<R> (&e)[VECTORS], Parameter scale, Parameter shift) {
+    const PerColumn<R, COLUMNS> a = parameter(scale), b = parameter(shift);
+    unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { values[j] = values[j] + fma(e[j], a[j], b[j]); });
+  }
+};
+
 // z and its way there.
-template <class T, int COLUMNS>
+template <class T, int COLUMNS, bool RARE = false>
 struct PreActivation {
   using R = Opmath<T>;
 
@@ -383,30 +485,15 @@ struct PreActivation {
     unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { d[j] = d[j] - pivot[j]; });
   }
 
-  // Of a residual that is normalised. Its parameters are looked up for each block: held in registers, as those of x,
-  // they would take these from residuals that are not.
-  template <int VECTORS>
-  VGKERN_INLINE void residual_deviations(Vec<R> (&e)[VECTORS], const Block<R, COLUMNS>& at) const {
-    const PerColumn<R, COLUMNS> pivot(tile, channel, of_residual(kPivot));
-    load_block(e, static_cast<const T*>(tile.residual), at, *Parameters<R>{tile, channel}.at(of_residual(kPivot)));
-    unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { e[j] = e[j] - pivot[j]; });
-  }
-
-  template <int VECTORS>
-  VGKERN_INLINE void add_residual(Vec<R> (&z)[VECTORS], const Vec<R> (&e)[VECTORS], Parameter scale,
-                                  Parameter shift) const {
-    const PerColumn<R, COLUMNS> a(tile, channel, of_residual(scale)), b(tile, channel, of_residual(shift));
-    unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { z[j] = z[j] + fma(e[j], a[j], b[j]); });
-  }
-
   template <int VECTORS>
   VGKERN_INLINE void operator()(Vec<R> (&z)[VECTORS], const Vec<R> (&d)[VECTORS], const Block<R, COLUMNS>& at) const {
     unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { z[j] = fma(d[j], scale[j], shift[j]); });
-    Vec<R> residual[VECTORS];
     if (tile.normalises_residual) {
-      residual_deviations(residual, at);
-      add_residual(z, residual, kScale, kShift);
+      NormalisedResidual<T, VECTORS, COLUMNS, RARE> residual(tile, channel, at, z);
+      residual.add();
+      unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { z[j] = residual.values[j]; });
     } else if (tile.residual) {
+      Vec<R> residual[VECTORS];
       load_block(residual, static_cast<const T*>(tile.residual), at, R(0));
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { z[j] = z[j] + residual[j]; });
     }
@@ -414,7 +501,6 @@ struct PreActivation {
     // see them.
     if (sizeof(T) > 2 && tile.normalises) {
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { z[j] = z[j] + fma(d[j], scale_low[j], shift_low[j]); });
-      if (tile.normalises_residual) add_residual(z, residual, kScaleLow, kShiftLow);
     }
   }
 };
@@ -427,9 +513,9 @@ struct Derivative {
   Vec<R> dweight[VECTORS];      // the share of a learnable activation's weight
 };
 
-template <class F, class T, class R, int VECTORS, int COLUMNS>
+template <class F, class T, class R, int VECTORS, int COLUMNS, bool RARE>
 VGKERN_INLINE void differentiate(Derivative<R, VECTORS>& out, const F& activation,
-                                 const PreActivation<T, COLUMNS>& z_of, const Block<R, COLUMNS>& at,
+                                 const PreActivation<T, COLUMNS, RARE>& z_of, const Block<R, COLUMNS>& at,
                                  const Vec<R> (&d)[VECTORS], const Vec<R> (&dy)[VECTORS]) {
   const Vec<R> zero(0);
   if constexpr (F::reads == Reads::nothing) {
@@ -576,7 +662,8 @@ template <class T, class F, class S>
 struct ReducePass {
   using Element = T;
   using R = Opmath<T>;
-  using Width = std::conditional_t<std::is_same_v<S, Vec<R>>, WidthOf<T, F::reads>, vgkern::Width<1, 1>>;
+  static constexpr bool kRare = !std::is_same_v<S, Vec<R>>;
+  using Width = std::conditional_t<kRare, vgkern::Width<1, 1>, WidthOf<T, F::reads>>;
 
   const Tile tile;
   const F activation{tile.activation_args};
@@ -588,7 +675,7 @@ struct ReducePass {
   struct Stretch {
     ReducePass& pass;
     int64_t channel;
-    PreActivation<T, COLUMNS> z_of;
+    PreActivation<T, COLUMNS, kRare> z_of;
     CancellingSum<T, R, S, COLUMNS> dz_sum, dz_deviation, dweight;
     StretchSum<R, S, COLUMNS> dz_squares, dy_squares;
 
@@ -607,14 +694,20 @@ struct ReducePass {
       Derivative<R, VECTORS> d;
       differentiate(d, pass.activation, z_of, at, deviation, dy);
       if (tile.normalises_residual) {
-        add_residual(d.dz, at);
+        NormalisedResidual<T, VECTORS, COLUMNS, kRare>(tile, channel, at, d.dz).template reduce<S>(pass.residual_sums);
       } else if (tile.dresidual) {
         store_block(d.dz, static_cast<T*>(tile.dresidual), at, tile.streams);
       }
       if (tile.dz) {
         unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { store(static_cast<T*>(tile.dz) + at.dz_of(j), d.dz[j]); });
       }
-      if (tile.dx) store_scaled(d.dz, kInputScale, tile.dx, at);
+      if (tile.dx) {
+        const PerColumn<R, COLUMNS> scale(tile, channel, kInputScale);
+        const Vec<R> factor(static_cast<R>(tile.dx_factor));
+        Vec<R> dx[VECTORS];
+        unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { dx[j] = d.dz[j] * scale[j] * factor; });
+        store_block(dx, static_cast<T*>(tile.dx), at, tile.streams);
+      }
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
         using Term = typename CancellingSum<T, R, S, COLUMNS>::Term;
         const Term dz(d.dz[j]);
@@ -630,32 +723,6 @@ struct ReducePass {
         });
       }
     }
-
-    template <int VECTORS>
-    VGKERN_INLINE void store_scaled(const Vec<R> (&dz)[VECTORS], Parameter which, void* target,
-                                    const Block<R, COLUMNS>& at) const {
-      const PerColumn<R, COLUMNS> scale(pass.tile, channel, which);
-      const Vec<R> factor(static_cast<R>(pass.tile.dx_factor));
-      Vec<R> dx[VECTORS];
-      unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { dx[j] = dz[j] * scale[j] * factor; });
-      store_block(dx, static_cast<T*>(target), at, pass.tile.streams);
-    }
-
-    // The share of a residual that is normalised. Its sum is added up in memory, block by block, and no register of a
-    // residual that is not is spent on it.
-    template <int VECTORS>
-    VGKERN_INLINE void add_residual(const Vec<R> (&dz)[VECTORS], const Block<R, COLUMNS>& at) {
-      using Sum = CancellingSum<T, R, S, COLUMNS>;
-      using Term = typename Sum::Term;
-      Vec<R> deviation[VECTORS];
-      z_of.residual_deviations(deviation, at);
-      Sum sum;
-      unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { sum.add_product(j, Term(dz[j]), Term(deviation[j])); });
-      sum.end_strip();
-      pass.residual_sums.add(kDzResidualDeviation, channel, sum);
-      if (pass.tile.dresidual) store_scaled(dz, of_residual(kInputScale), pass.tile.dresidual, at);
-    }
-
     VGKERN_INLINE void end_strip() {
       dz_sum.end_strip();
       dz_deviation.end_strip();
@@ -737,31 +804,10 @@ struct ApplyPass {
           squares.add_product(j, wide, wide);
         });
       }
-      if (tile.normalises_residual) store_dresidual(d.dz, at);
-    }
-
-    template <int VECTORS>
-    VGKERN_INLINE void store_dresidual(const Vec<R> (&dz)[VECTORS], const Block<R, COLUMNS>& at) {
-      const Tile& tile = pass.tile;
-      Vec<R> deviation[VECTORS], dresidual[VECTORS];
-      z_of.residual_deviations(deviation, at);
-      const PerColumn<R, COLUMNS> scale(tile, channel, of_residual(kInputScale));
-      const PerColumn<R, COLUMNS> slope(tile, channel, of_residual(kInputSlope));
-      const PerColumn<R, COLUMNS> shift(tile, channel, of_residual(kInputShift));
-      unroll<VECTORS>(
-          [&](auto j) VGKERN_LAMBDA { dresidual[j] = fma(dz[j], scale[j], fma(deviation[j], slope[j], shift[j])); });
-      store_block(dresidual, static_cast<T*>(tile.dresidual), at, tile.streams);
-      if (tile.sums) {
-        WideSum<R, COLUMNS> sum;
-        unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
-          const Wide<R> wide(j < VECTORS - 1 ? dresidual[j]
-                                             : select(first_lanes<R>(at.lanes), dresidual[j], Vec<R>(0)));
-          sum.add_product(j, wide, wide);
-        });
-        pass.sums.add(kDresidualSquares, channel, sum);
+      if (tile.normalises_residual) {
+        NormalisedResidual<T, VECTORS, COLUMNS, false>(tile, channel, at, d.dz).apply(pass.sums);
       }
     }
-
     VGKERN_INLINE void end_strip() {}
     VGKERN_INLINE void finish() {
       if (pass.tile.sums) pass.sums.add(kDxSquares, channel, squares);

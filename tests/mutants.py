@@ -42,6 +42,7 @@ class Verdict:
 
 
 BATCH_NORM, NORMS = "kernels/batch_norm.py", "kernels/gradient_norm.py"
+DOUBLE_KERNELS, DOUBLE = "kernels/double_batch_norm.py", "tests/test_double_batch_norm.py"
 MONITOR = "vgkern/gradients/monitor.py"
 CPU, CPU_NORMS = "csrc/batch_norm.cpp", "csrc/gradient_norm.cpp"
 KERNELS = "tests/test_triton_kernels.py|many_tiles or accuracy_does or offsets_reach or halves_are or not_wanted"
@@ -125,6 +126,24 @@ FAULTS = [
           "last = tl.where(_cancels(dx_sq, scaled_sq), first, last)", "last = last", CANCELS),
     Fault("a second launch that always writes", BATCH_NORM,
           "last = tl.where(factor == 1.0, first, last)", "last = last", TRAFFIC),
+    # -- the double batch norm
+    Fault("the residual normalised by x's statistics", DOUBLE_KERNELS,
+          "statistics_ptr + 3 * num_channels, residual_weight_ptr, residual_bias_ptr, None, channel",
+          "statistics_ptr, residual_weight_ptr, residual_bias_ptr, None, channel", f"{DOUBLE}|triton and prelu"),
+    Fault("dγ of the residual in the place of dγ", DOUBLE_KERNELS,
+          "dz_xhat / channel_size, scale, rstd, COMPUTE, ROWS, RUNS)\n        dx = tl.where",
+          "dz_rhat / channel_size, scale, rstd, COMPUTE, ROWS, RUNS)\n        dx = tl.where",
+          f"{DOUBLE}|triton and prelu"),
+    Fault("one sum for both dγ, C++", CPU,
+          "kDzResidualDeviation, kDresidualSquares", "kDzDeviation, kDresidualSquares", f"{DOUBLE}|cpu and relu"),
+    Fault("the statistics of both in one place, C++", CPU,
+          "residual_norm_, call_.statistics + 3 * channels_);\n    }\n    const auto each_channel",
+          "residual_norm_, call_.statistics);\n    }\n    const auto each_channel", f"{DOUBLE}|cpu and relu"),
+    Fault("a layer with hooks computed with another", "vgkern/nn/double_batch_norm.py",
+          "        and not _is_watched(layer)\n", "", f"{DOUBLE}|stays_two"),
+    Fault("a shared statistic that waits", FUSION + "plan.py",
+          "if any(type(m.module) is nn.SyncBatchNorm for m in (taken, match)):", "if False:",
+          f"{DOUBLE}|watched_or_shared"),
     # -- Triton: norms of lists
     Fault("neighbours before a tensor counted", NORMS,
           "mask=(place >= lead) & (place < end), other=0.0", "mask=place < end, other=0.0", GRADIENTS),
