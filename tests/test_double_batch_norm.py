@@ -40,6 +40,13 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def randomised_net(net):
+    for module in net.modules():
+        if hasattr(module, "running_var"):
+            randomised(module)
+    return net
+
+
 def layers(activation="relu", **options):
     """The layer that adds and that of its residual."""
     norm = randomised(BatchNormAct2d(C, activation=activation, eps=1e-4))
@@ -324,7 +331,7 @@ def test_a_sequence_is_held_back_unless_somebody_watches_it():
 
 @pytest.mark.parametrize("block", [vgkern.nn.BasicBlock, vgkern.nn.Bottleneck])
 def test_blocks_with_a_projection(block):
-    made = randomised(block(8, 4, stride=2))
+    made = randomised_net(block(8, 4, stride=2))
     plain = vgkern.unfuse(made)
     x = torch.randn(4, 8, 6, 6)
     with Operators() as operators:
@@ -356,7 +363,7 @@ class Projected(nn.Module):
 
 
 def test_fuse_and_unfuse():
-    model = randomised(Projected())
+    model = randomised_net(Projected())
     fused = vgkern.fuse(model)
     x = torch.randn(4, C, 5, 3)
     with Operators() as operators:
@@ -379,6 +386,15 @@ def test_fuse_and_unfuse():
     assert operators.seen == ["batch_norm_act"] * 2
 
 
+def test_fold_takes_both_into_their_convolutions():
+    model = randomised_net(Projected()).eval()
+    x = torch.randn(4, C, 5, 3)
+    for given in (model, vgkern.fuse(model)):
+        folded = vgkern.fold(given)
+        torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+        assert not any(name.endswith("running_mean") for name, _ in folded.named_buffers())
+
+
 def test_fuse_does_not_double_what_is_watched_or_shared():
     for name in ("bn", "downsample.1"):
         model = Projected()
@@ -393,7 +409,7 @@ def test_fuse_does_not_double_what_is_watched_or_shared():
 
 
 def test_compiled():
-    block = randomised(vgkern.nn.BasicBlock(8, 4, stride=2))
+    block = randomised_net(vgkern.nn.BasicBlock(8, 4, stride=2))
     eager = copy.deepcopy(block)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     x = torch.randn(4, 8, 6, 6)

@@ -24,7 +24,7 @@ import torch
 
 from . import backends, ops
 
-__all__ = ["double_batch_norm_act_backward", "double_batch_norm_act_forward", "run_backward", "run_forward"]
+__all__ = ["run_backward", "run_forward"]
 
 _library = torch.library.Library("vgkern", "FRAGMENT")
 _NORM = "Tensor? weight, Tensor? bias"

@@ -389,8 +389,8 @@ def _check_rewriting(match: Match, rewritten: list[Trace]) -> None:
                 raise Refusal(f"{type(traced.module).__name__}.{method} calls it as well")
 
 
-def make_plan(analysis: Analysis) -> Plan:
-    """Settle every batch norm of the model."""
+def make_plan(analysis: Analysis, *, double: bool = True) -> Plan:
+    """Settle every batch norm of the model; ``double``: two whose outputs are added may be one operation."""
     root = analysis.root
     left: dict[str, str] = {}
     matches: list[Match] = []
@@ -405,7 +405,7 @@ def make_plan(analysis: Analysis) -> Plan:
             matches.append(Match(module, []) if module is root and type(module) in FUSED else analysis.match(module))
         except Refusal as error:
             refuse(module, error)
-    _settle_sums(analysis, matches)
+    _settle_sums(analysis, matches, double)
 
     while True:
         passed = _passed_activations(analysis, matches)
@@ -423,7 +423,7 @@ def make_plan(analysis: Analysis) -> Plan:
     return Plan(matches, add_acts, left, analysis.names, passed, added)
 
 
-def _settle_sums(analysis: Analysis, matches: list[Match]) -> None:
+def _settle_sums(analysis: Analysis, matches: list[Match], double: bool) -> None:
     """One batch norm for each sum; the other, in a shortcut with a projection, goes with it or stands alone."""
     by_sum: dict[fx.Node, list[Match]] = defaultdict(list)
     for match in matches:
@@ -438,7 +438,7 @@ def _settle_sums(analysis: Analysis, matches: list[Match]) -> None:
             if match is not taken:
                 match.add, match.act, match.in_place = None, None, False
         others = [match for match in candidates if match is not taken] + [m for m in matches if m.beside is add]
-        if taken is not None and len(others) == 1 and _may_be_double(analysis, taken, others[0], add):
+        if double and taken is not None and len(others) == 1 and _may_be_double(analysis, taken, others[0], add):
             (taken.shortcut,) = others
             others[0].add, others[0].waits = add, True
 

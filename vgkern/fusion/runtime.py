@@ -43,7 +43,7 @@ def add(layer: Any, x: Tensor, residual: Any) -> Any:
         raise RuntimeError(f"the fused layer was replaced by {layer!r}; unfuse the model first, or fuse it anew")
     if residual is x and torch.compiler.is_compiling():
         residual = x.view_as(x)  # one tensor as two arguments of an autograd.Function is more than dynamo takes
-    if isinstance(residual, str):
+    if isinstance(residual, str) and not isinstance(x, fx.Proxy):
         return hold_batch_norm(layer, x)
     if isinstance(residual, Held):
         if _fits(x, residual.input):
