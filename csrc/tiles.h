@@ -359,8 +359,9 @@ class LaneSums {
 // A block of a residual that is normalised, and z or dz of it. Its parameters are looked up for each block: in
 // registers, as those of x, they would take these from residuals that are not.
 //
-// OUT_OF_LINE: for passes that are rare. Then it is no part of their code but one function for all activations, and all
-// is given as copies, since what a function may reach by its address stays in no register.
+// OUT_OF_LINE: where it is rare, or little beside what else is done. Then it is no part of the pass's code but one
+// function for all activations, and all is given as copies, since what a function may reach by its address stays in no
+// register.
 template <class T, int VECTORS, int COLUMNS, bool OUT_OF_LINE>
 struct NormalisedResidual {
   using R = Opmath<T>;
@@ -459,7 +460,7 @@ struct NormalisedResidual {
 };
 
 // z and its way there.
-template <class T, int COLUMNS, bool RARE = false>
+template <class T, int COLUMNS, bool OUT_OF_LINE = false>
 struct PreActivation {
   using R = Opmath<T>;
 
@@ -489,7 +490,7 @@ struct PreActivation {
   VGKERN_INLINE void operator()(Vec<R> (&z)[VECTORS], const Vec<R> (&d)[VECTORS], const Block<R, COLUMNS>& at) const {
     unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { z[j] = fma(d[j], scale[j], shift[j]); });
     if (tile.normalises_residual) {
-      NormalisedResidual<T, VECTORS, COLUMNS, RARE> residual(tile, channel, at, z);
+      NormalisedResidual<T, VECTORS, COLUMNS, OUT_OF_LINE> residual(tile, channel, at, z);
       residual.add();
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { z[j] = residual.values[j]; });
     } else if (tile.residual) {
@@ -513,9 +514,9 @@ struct Derivative {
   Vec<R> dweight[VECTORS];      // the share of a learnable activation's weight
 };
 
-template <class F, class T, class R, int VECTORS, int COLUMNS, bool RARE>
+template <class F, class T, class R, int VECTORS, int COLUMNS>
 VGKERN_INLINE void differentiate(Derivative<R, VECTORS>& out, const F& activation,
-                                 const PreActivation<T, COLUMNS, RARE>& z_of, const Block<R, COLUMNS>& at,
+                                 const PreActivation<T, COLUMNS, true>& z_of, const Block<R, COLUMNS>& at,
                                  const Vec<R> (&d)[VECTORS], const Vec<R> (&dy)[VECTORS]) {
   const Vec<R> zero(0);
   if constexpr (F::reads == Reads::nothing) {
@@ -675,7 +676,7 @@ struct ReducePass {
   struct Stretch {
     ReducePass& pass;
     int64_t channel;
-    PreActivation<T, COLUMNS, kRare> z_of;
+    PreActivation<T, COLUMNS, true> z_of;  // what z costs hides the call
     CancellingSum<T, R, S, COLUMNS> dz_sum, dz_deviation, dweight;
     StretchSum<R, S, COLUMNS> dz_squares, dy_squares;
 
@@ -763,7 +764,7 @@ struct ApplyPass {
   struct Stretch {
     ApplyPass& pass;
     int64_t channel;
-    PreActivation<T, COLUMNS> z_of{pass.tile, channel};
+    PreActivation<T, COLUMNS, true> z_of{pass.tile, channel};
     PerColumn<R, COLUMNS> scale{pass.tile, channel, kInputScale}, slope{pass.tile, channel, kInputSlope};
     PerColumn<R, COLUMNS> shift{pass.tile, channel, kInputShift};
     Vec<R> factor{static_cast<R>(pass.tile.dx_factor)};
