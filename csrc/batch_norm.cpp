@@ -39,24 +39,26 @@ constexpr int64_t kGroupBytes = 512 * 1024;
 // What dz of a group may take, kept between its two passes.
 constexpr int64_t kMaxKeptBytes = 2 * 1024 * 1024;
 
-// Cuts x into groups of channels and each group into slices; depends on the shape and the type only.
+// Cuts x into groups of channels and each group into slices; depends on the shape, the type, and how many tensors like
+// x are read twice, only.
 //
 // Planes: a group is one channel, or a few; a slice is some planes of each, or a part of one plane. Rows: a group is
 // some columns, a slice some rows.
 class Grid {
  public:
-  Grid(const Shape& shape, DataType dtype) : shape_(shape) {
+  Grid(const Shape& shape, DataType dtype, int64_t tensors) : shape_(shape) {
     const int64_t size = item_size(dtype);
     if (shape.rows) {
       height_ = shape.batch * shape.spatial;
       group_ = std::min(shape.channels, kGroupChannels);
       extent_ = std::max({ceil_div(kSliceElements, group_), kSliceRows, ceil_div(height_, kMaxSlices)});
       slices_ = ceil_div(height_, extent_);
-      fits_cache_ = height_ * group_ * size <= kGroupBytes;
+      fits_cache_ = height_ * group_ * size * tensors <= kGroupBytes;
     } else {
       height_ = shape.batch;
       const int64_t plane_bytes = shape.spatial * size;
-      const int64_t together = std::min(kStretchBytes / plane_bytes, kGroupBytes / (shape.batch * plane_bytes));
+      const int64_t together =
+          std::min(kStretchBytes / plane_bytes, kGroupBytes / (shape.batch * plane_bytes * tensors));
       group_ = std::clamp<int64_t>(together, 1, std::min<int64_t>(shape.channels, kTileChannels));
       const int64_t elements =
           std::max(kSliceElements / group_, ceil_div(shape.batch * shape.spatial, kMaxSlices));  // of a channel
@@ -172,24 +174,37 @@ class Operation {
       : table_(table),
         kernels_(table.activations[call.activation]),
         common_(call),
-        grid_(call.shape, call.dtype),
+        grid_(call.shape, call.dtype, call.normalises_residual ? 2 : 1),
         channels_(call.shape.channels),
         count_(static_cast<double>(call.shape.batch * call.shape.spatial)),
         channel_stride_(round_up(channels_, kChannelPadding)),
-        parameters_(allocate(kParameters)),
-        weight_(read(call.weight, channels_, 1.0)),
-        bias_(read(call.bias, channels_, 0.0)) {
+        parameters_(allocate(call.normalises_residual ? 2 * kParameters : kParameters)),
+        x_norm_{0, call.norm.eps, read(call.norm.weight, channels_, 1.0), read(call.norm.bias, channels_, 0.0)} {
+    if (call.normalises_residual) {
+      const BatchNorm& norm = call.residual_norm;
+      residual_norm_ = {kParameters, norm.eps, read(norm.weight, channels_, 1.0), read(norm.bias, channels_, 0.0)};
+    }
     base_.x = call.x;
     base_.residual = call.residual;
+    base_.normalises_residual = call.normalises_residual;
     base_.activation_args = call.activation_args.data();
     base_.padded_channels = channel_stride_;
     const Rows slope = read(call.activation_weight, call.activation_weight_size, 0.0);
-    for (int64_t c = 0; c < channels_; ++c) set(kActivationWeight, c, slope[call.activation_weight_size == 1 ? 0 : c]);
+    for (int64_t c = 0; c < channels_; ++c) {
+      set(x_norm_, kActivationWeight, c, slope[call.activation_weight_size == 1 ? 0 : c]);
+    }
   }
 
   // Rows of channels, padded; not initialised.
   using Rows = std::unique_ptr<double[]>;
   Rows allocate(int64_t rows) const { return Rows(new double[rows * channel_stride_]); }
+
+  // The batch norm of x, or of the residual.
+  struct Norm {
+    int first_parameter;  // row of its parameters in the tiles'
+    double eps;
+    Rows weight, bias;
+  };
 
   // A tensor of channels as doubles, or `missing` in its place.
   Rows read(ChannelArray source, int64_t count, double missing) const {
@@ -202,8 +217,8 @@ class Operation {
     return values;
   }
 
-  void set(Parameter which, int64_t channel, double value) {
-    const int64_t i = which * channel_stride_ + channel;
+  void set(const Norm& norm, Parameter which, int64_t channel, double value) {
+    const int64_t i = (norm.first_parameter + which) * channel_stride_ + channel;
     if (common_.dtype == kFloat64) {
       parameters_[i] = value;
     } else {
@@ -214,22 +229,22 @@ class Operation {
   // z = (x − mean)·weight·rstd + bias, from (x − pivot). Where |mean| is at most four deviations the pivot is 0, as
   // x − 0 is exact; else it is the mean in R, and x − pivot is exact where x is close to it. A constant channel is its
   // own pivot: z is then the bias to the bit. `var` is NaN where rstd alone is known. Returns mean − pivot.
-  double set_normalisation(int64_t channel, double mean, double rstd, double var) {
+  double set_normalisation(const Norm& norm, int64_t channel, double mean, double rstd, double var) {
     const double spread = std::isnan(var) ? 1.0 / (rstd * rstd) : var;
     const double pivot = mean * mean <= 16.0 * spread ? 0.0 : round(mean);
     const double rest = std::isfinite(pivot) ? mean - pivot : 0.0;
-    const double scale = weight_[channel] * rstd;
-    set(kPivot, channel, pivot);
-    set_scale(channel, scale);
-    set_shift(channel, bias_[channel] - rest * scale);
+    const double scale = norm.weight[channel] * rstd;
+    set(norm, kPivot, channel, pivot);
+    set_scale(norm, channel, scale);
+    set_shift(norm, channel, norm.bias[channel] - rest * scale);
     return rest;
   }
 
   // z = x to the bit: the shift keeps the sign of a zero.
   void set_no_normalisation(int64_t channel) {
-    set(kPivot, channel, 0.0);
-    set_scale(channel, 1.0);
-    set_shift(channel, -0.0);
+    set(x_norm_, kPivot, channel, 0.0);
+    set_scale(x_norm_, channel, 1.0);
+    set_shift(x_norm_, channel, -0.0);
   }
 
   // To the type of arithmetic.
@@ -237,24 +252,24 @@ class Operation {
 
   // The scale rounded towards zero and its remainder. They agree in sign and the remainder is not 0 unless the scale
   // is, so that an infinite x gives an infinite z; what stands in for a remainder of 0 is too small to change any z.
-  void set_scale(int64_t channel, double scale) {
+  void set_scale(const Norm& norm, int64_t channel, double scale) {
     double high = round(scale);
     if (std::abs(high) > std::abs(scale)) high = std::nextafter(static_cast<float>(high), 0.0f);
     const double low = round(scale - high);
-    set(kScale, channel, high);
-    set(kScaleLow, channel, low != 0.0 ? low : scale * 0x1p-60);
+    set(norm, kScale, channel, high);
+    set(norm, kScaleLow, channel, low != 0.0 ? low : scale * 0x1p-60);
   }
 
   // −0 where nothing remains: it changes no sum.
-  void set_shift(int64_t channel, double shift) {
+  void set_shift(const Norm& norm, int64_t channel, double shift) {
     const double high = round(shift), low = shift - high;
-    set(kShift, channel, high);
-    set(kShiftLow, channel, low != 0.0 && std::isfinite(low) ? low : -0.0);
+    set(norm, kShift, channel, high);
+    set(norm, kShiftLow, channel, low != 0.0 && std::isfinite(low) ? low : -0.0);
   }
 
-  const char* parameters_of(int64_t channel) const {
+  const char* parameters_of(int64_t index) const {
     const int64_t size = common_.dtype == kFloat64 ? sizeof(double) : sizeof(float);
-    return reinterpret_cast<const char*>(parameters_.get()) + channel * size;
+    return reinterpret_cast<const char*>(parameters_.get()) + index * size;
   }
 
   // Whether outputs are better written past the caches: where these cannot hold them beside what is read.
@@ -273,7 +288,12 @@ class Operation {
   int64_t opmath_size() const { return common_.dtype == kFloat64 ? sizeof(double) : sizeof(float); }
 
   void run_tile(TileFunction function, Tile tile, int64_t group, int64_t slice) const {
-    tile.parameters = parameters_of(grid_.first_channel(group));
+    run_tile(function, tile, group, slice, x_norm_);
+  }
+
+  // With the residual's batch norm in the place of x's, where a pass is over it alone.
+  void run_tile(TileFunction function, Tile tile, int64_t group, int64_t slice, const Norm& norm) const {
+    tile.parameters = parameters_of(norm.first_parameter * channel_stride_ + grid_.first_channel(group));
     function(grid_.place(tile, group, slice));
   }
 
@@ -318,8 +338,9 @@ class Operation {
   const int64_t channels_;
   const double count_;  // elements of a channel
   const int64_t channel_stride_;
-  const Rows parameters_;  // R[kParameters][channel_stride_]
-  const Rows weight_, bias_;
+  const Rows parameters_;  // R[kParameters][channel_stride_], or twice that
+  const Norm x_norm_;
+  Norm residual_norm_{};
   Tile base_{};
 };
 
@@ -386,7 +407,7 @@ class Sums {
   const Grid& grid_;
   const int64_t stride_;
   const int rows_;
-  const std::unique_ptr<double[]> parts_, totals_;
+  std::unique_ptr<double[]> parts_, totals_;
 };
 
 // The share of the mean square that the squared mean of x − pivot may take before x is measured from another pivot: at
@@ -413,82 +434,126 @@ class ForwardPass : Operation {
       run({{nullptr, write}});
       return;
     }
-    Sums sums(grid_, channel_stride_, 2);
-    const Rows shift = allocate(1);
-    const auto start = [&](int64_t begin, int64_t end) { set_shift(shift.get(), begin, end); };
-    const auto measure = [&](int64_t group, int64_t slice) {
-      const auto run = [&](const TileFunction* functions) {
-        Tile tile = base_;
-        tile.sums = sums.start(group, slice, 0, 2);
-        run_tile(functions[call_.dtype], tile, group, slice);
+    std::vector<Measured> measured;
+    measured.emplace_back(*this, call_.x, x_norm_, call_.statistics);
+    if (call_.normalises_residual) {
+      measured.emplace_back(*this, call_.residual, residual_norm_, call_.statistics + 3 * channels_);
+    }
+    const auto each_channel = [&](void (Measured::*step)(int64_t begin, int64_t end)) {
+      return [&measured, step](int64_t begin, int64_t end) {
+        for (Measured& input : measured) (input.*step)(begin, end);
       };
-      run(table_.statistics);
-      sums.mend(
-          group, slice, 2, [&](int64_t c) { return std::isfinite(sums.part(slice, kDeviationSquares, c)); },
-          [&] { run(table_.statistics_wide); });
     };
-    const auto measure_all = [&](int64_t group, int64_t slice, char*) { measure(group, slice); };
-    // A second time, from the mean itself, where var would be a small difference of large numbers: the first element
-    // was an outlier. In float64 always, which is the accuracy that its users ask for.
-    std::vector<char> again(channels_, 0);
-    const auto restart = [&](int64_t begin, int64_t end) {
-      sums.merge(begin, end, 0, 2);
-      for (int64_t c = begin; c < end; ++c) {
-        const double offset = sums.total(kDeviation, c) / count_, square = sums.total(kDeviationSquares, c) / count_;
-        again[c] = call_.dtype == kFloat64 || (offset * offset > kFarOutlier * square && square > 0.0);
-        if (!again[c]) continue;
-        shift[c] = round(shift[c] + offset);
-        set(kPivot, c, shift[c]);
-      }
+    const auto each_slice = [&](void (Measured::*step)(int64_t group, int64_t slice)) {
+      return [&measured, step](int64_t group, int64_t slice, char*) {
+        for (Measured& input : measured) (input.*step)(group, slice);
+      };
     };
-    const auto measure_again = [&](int64_t group, int64_t slice, char*) {
-      const int64_t begin = grid_.first_channel(group), end = grid_.end_channel(group);
-      if (std::any_of(again.begin() + begin, again.begin() + end, [](char far) { return far != 0; })) {
-        measure(group, slice);
-      }
-    };
-    const auto settle = [&](int64_t begin, int64_t end) {
-      sums.merge(begin, end, 0, 2);
-      for (int64_t c = begin; c < end; ++c) {
-        settle_statistics(c, shift[c], sums.total(kDeviation, c), sums.total(kDeviationSquares, c));
-      }
-    };
-    Step last{settle, nullptr, true};
+    Step last{each_channel(&Measured::settle), nullptr, true};
     if (call_.y) last.slices = write;
-    run({{start, measure_all}, {restart, measure_again}, last});
+    run({{each_channel(&Measured::start), each_slice(&Measured::measure)},
+         {each_channel(&Measured::restart), each_slice(&Measured::measure_again)},
+         last});
   }
 
  private:
-  // x is measured from its first element, so that neither a large mean nor a constant channel costs accuracy.
-  void set_shift(double* shift, int64_t begin, int64_t end) {
-    const int64_t pitch = call_.shape.rows ? 1 : call_.shape.spatial;
-    const auto* x = static_cast<const char*>(call_.x);
-    const auto convert = table_.to_double[call_.dtype];
-    if (pitch == 1) {
-      convert(x + begin * item_size(call_.dtype), shift + begin, end - begin);
-    } else {
-      for (int64_t c = begin; c < end; ++c) convert(x + c * pitch * item_size(call_.dtype), shift + c, 1);
-    }
-    for (int64_t c = begin; c < end; ++c) {
-      if (!std::isfinite(shift[c])) shift[c] = 0.0;
-      set(kPivot, c, shift[c]);
-    }
-  }
+  // The statistics of x, or of the residual, in the making.
+  class Measured {
+   public:
+    Measured(ForwardPass& pass, const void* x, const Norm& norm, double* statistics)
+        : pass_(pass),
+          x_(x),
+          norm_(norm),
+          statistics_(statistics),
+          sums_(pass.grid_, pass.channel_stride_, 2),
+          shift_(pass.allocate(1)),
+          again_(pass.channels_, 0) {}
 
-  void settle_statistics(int64_t channel, double shift, double deviation, double squares) {
-    const double offset = deviation / count_;
-    const double mean = shift + offset;
-    // std::max returns its first argument where the second is NaN, so NaN has to come first.
-    const double var = std::max(squares / count_ - offset * offset, 0.0);
-    const double rstd = 1.0 / std::sqrt(var + call_.eps);
-    set_statistics(channel, mean, rstd, var * (count_ / (count_ - 1.0)));
-  }
+    // x is measured from its first element, so that neither a large mean nor a constant channel costs accuracy.
+    void start(int64_t begin, int64_t end) {
+      const Forward& call = pass_.call_;
+      const int64_t pitch = call.shape.rows ? 1 : call.shape.spatial;
+      const auto* x = static_cast<const char*>(x_);
+      const auto convert = pass_.table_.to_double[call.dtype];
+      if (pitch == 1) {
+        convert(x + begin * item_size(call.dtype), shift_.get() + begin, end - begin);
+      } else {
+        for (int64_t c = begin; c < end; ++c) convert(x + c * pitch * item_size(call.dtype), shift_.get() + c, 1);
+      }
+      for (int64_t c = begin; c < end; ++c) {
+        if (!std::isfinite(shift_[c])) shift_[c] = 0.0;
+        pass_.set(norm_, kPivot, c, shift_[c]);
+      }
+    }
+
+    void measure(int64_t group, int64_t slice) {
+      const auto run = [&](const TileFunction* functions) {
+        Tile tile = pass_.base_;
+        tile.x = x_;
+        tile.sums = sums_.start(group, slice, 0, 2);
+        pass_.run_tile(functions[pass_.call_.dtype], tile, group, slice, norm_);
+      };
+      run(pass_.table_.statistics);
+      sums_.mend(
+          group, slice, 2, [&](int64_t c) { return std::isfinite(sums_.part(slice, kDeviationSquares, c)); },
+          [&] { run(pass_.table_.statistics_wide); });
+    }
+
+    // A second time, from the mean itself, where var would be a small difference of large numbers: the first element
+    // was an outlier. In float64 always, which is the accuracy that its users ask for.
+    void restart(int64_t begin, int64_t end) {
+      sums_.merge(begin, end, 0, 2);
+      const double count = pass_.count_;
+      for (int64_t c = begin; c < end; ++c) {
+        const double offset = sums_.total(kDeviation, c) / count, square = sums_.total(kDeviationSquares, c) / count;
+        again_[c] = pass_.call_.dtype == kFloat64 || (offset * offset > kFarOutlier * square && square > 0.0);
+        if (!again_[c]) continue;
+        shift_[c] = pass_.round(shift_[c] + offset);
+        pass_.set(norm_, kPivot, c, shift_[c]);
+      }
+    }
+
+    void measure_again(int64_t group, int64_t slice) {
+      const int64_t begin = pass_.grid_.first_channel(group), end = pass_.grid_.end_channel(group);
+      if (std::any_of(again_.begin() + begin, again_.begin() + end, [](char far) { return far != 0; })) {
+        measure(group, slice);
+      }
+    }
+
+    void settle(int64_t begin, int64_t end) {
+      sums_.merge(begin, end, 0, 2);
+      const double count = pass_.count_;
+      for (int64_t c = begin; c < end; ++c) {
+        const double offset = sums_.total(kDeviation, c) / count;
+        // std::max returns its first argument where the second is NaN, so NaN has to come first.
+        const double var = std::max(sums_.total(kDeviationSquares, c) / count - offset * offset, 0.0);
+        const double rstd = 1.0 / std::sqrt(var + norm_.eps);
+        pass_.set_statistics(norm_, statistics_, c, shift_[c] + offset, rstd, var * (count / (count - 1.0)));
+      }
+    }
+
+   private:
+    ForwardPass& pass_;
+    const void* x_;
+    const Norm& norm_;
+    double* statistics_;
+    Sums sums_;
+    Rows shift_;
+    std::vector<char> again_;
+  };
 
   void use_running_statistics() {
-    const Rows mean = read(call_.running_mean, channels_, 0.0), var = read(call_.running_var, channels_, 1.0);
+    use_running_statistics(x_norm_, call_.norm, call_.statistics);
+    if (call_.normalises_residual) {
+      use_running_statistics(residual_norm_, call_.residual_norm, call_.statistics + 3 * channels_);
+    }
+  }
+
+  void use_running_statistics(const Norm& norm, const BatchNorm& given, double* statistics) {
+    const Rows mean = read(given.running_mean, channels_, 0.0), var = read(given.running_var, channels_, 1.0);
     for (int64_t c = 0; c < channels_; ++c) {
-      const double rstd = 1.0 / std::sqrt(var[c] + call_.eps);
-      set_statistics(c, mean[c], rstd, std::numeric_limits<double>::quiet_NaN());
+      const double rstd = 1.0 / std::sqrt(var[c] + norm.eps);
+      set_statistics(norm, statistics, c, mean[c], rstd, std::numeric_limits<double>::quiet_NaN());
     }
   }
 
@@ -496,11 +561,11 @@ class ForwardPass : Operation {
     for (int64_t c = 0; c < channels_; ++c) set_no_normalisation(c);
   }
 
-  void set_statistics(int64_t channel, double mean, double rstd, double var) {
-    set_normalisation(channel, mean, rstd, var);
-    call_.statistics[channel] = mean;
-    call_.statistics[channels_ + channel] = rstd;
-    call_.statistics[2 * channels_ + channel] = var;
+  void set_statistics(const Norm& norm, double* statistics, int64_t channel, double mean, double rstd, double var) {
+    set_normalisation(norm, channel, mean, rstd, var);
+    statistics[channel] = mean;
+    statistics[channels_ + channel] = rstd;
+    statistics[2 * channels_ + channel] = var;
   }
 
   const Forward& call_;
@@ -550,12 +615,15 @@ class BackwardPass : Operation {
         batch_mode_(call.training && call.statistics),
         bounded_(call.min_norm > 0 || call.max_norm < std::numeric_limits<double>::infinity()),
         sums_(grid_, channel_stride_, kSums),
-        dweight_(allocate(1)),
-        dbias_(allocate(1)),
-        mean_rest_(allocate(1)),
-        input_scale_(allocate(1)),
-        dx_squares_(allocate(1)),
-        cancels_(channels_, 0) {
+        reduced_(call.normalises_residual ? kDxSquares : kDzResidualDeviation),
+        dbias_(allocate(1)) {
+    inputs_.push_back({x_norm_, call.statistics, kDzDeviation, kDxSquares, call.dx, call.record, allocate(1),
+                       allocate(1), allocate(1), allocate(1), std::vector<char>(channels_, 0)});
+    if (call.normalises_residual) {
+      inputs_.push_back({residual_norm_, call.statistics + 3 * channels_, kDzResidualDeviation, kDresidualSquares,
+                         call.dresidual, call.residual_record, allocate(1), allocate(1), allocate(1), allocate(1),
+                         std::vector<char>(channels_, 0)});
+    }
     base_.dy = call.dy;
     base_.mask = call.mask;
     base_.record = call.record;
@@ -563,13 +631,15 @@ class BackwardPass : Operation {
     base_.normalises = call.statistics;
     base_.dx_factor = 1.0;
     // Frozen statistics, z known from the mask, γ without a gradient: nothing reads x.
-    const bool dweight_wanted = call.weight.data && (call.dweight || call.record);
+    const bool dweight_wanted = call.norm.weight.data && (call.dweight || call.record);
     const bool reads_z = !call.mask && call.activation != kIdentity;
     if (!batch_mode_ && !reads_z && !(call.statistics && dweight_wanted)) base_.x = nullptr;
   }
 
   void operator()() {
-    for (int64_t c = 0; c < channels_; ++c) set_channel(c);
+    for (Input& input : inputs_) {
+      for (int64_t c = 0; c < channels_; ++c) set_channel(input, c);
+    }
     if (call_.mean_gradients) return differentiate_input();
     const auto reduce_all = [this](int64_t group, int64_t slice, char* kept) {
       reduce(group, slice, call_.dresidual, kept);
@@ -577,97 +647,122 @@ class BackwardPass : Operation {
     const auto apply_all = [this](int64_t group, int64_t slice, char* kept) { apply(group, slice, kept); };
     const auto settle_norms_of = [this](int64_t begin, int64_t end) { settle_norms(begin, end); };
     const auto settle = [&](int64_t begin, int64_t end) {
-      sums_.merge(begin, end, 0, kDxSquares);
-      for (int64_t c = begin; c < end; ++c) settle_channel(c);
+      sums_.merge(begin, end, 0, reduced_);
+      for (Input& input : inputs_) {
+        for (int64_t c = begin; c < end; ++c) settle_channel(input, c);
+      }
     };
     if (batch_mode_ && call_.dx) {
       run({{nullptr, reduce_all}, {settle, apply_all, true}, {settle_norms_of, nullptr}}, kept_bytes());
     } else {
       run({{nullptr, reduce_all}, {settle, nullptr}});
     }
-    const double norm_squares = bound(add_up(dx_squares_.get()));
-    if (call_.record) write_record(norm_squares);
+    write_records(bound(add_up(x().squares.get())));
     write_gradients();
   }
 
  private:
-  void set_channel(int64_t channel) {
-    mean_rest_[channel] = 0.0;
-    if (call_.statistics) {
-      const double mean = call_.statistics[channel], var = call_.statistics[2 * channels_ + channel];
-      mean_rest_[channel] = set_normalisation(channel, mean, rstd(channel), var);
+  // What the gradient of an input, x or a residual that is normalised, is made of.
+  struct Input {
+    const Norm& norm;
+    const double* statistics;
+    Sum dz_deviation, gradient_squares;  // its rows
+    const void* gradient;
+    double* record;
+    Rows dweight, mean_rest, scale, squares;  // of each channel; the last: ‖dx‖²
+    std::vector<char> cancels;                // whether that is summed up as dx is written
+
+    double rstd(int64_t channel, int64_t channels) const { return statistics[channels + channel]; }
+  };
+
+  Input& x() { return inputs_[0]; }
+
+  void set_channel(Input& input, int64_t channel) {
+    input.mean_rest[channel] = 0.0;
+    input.scale[channel] = 1.0;
+    if (input.statistics) {
+      const double mean = input.statistics[channel], var = input.statistics[2 * channels_ + channel];
+      const double rstd = input.rstd(channel, channels_);
+      input.mean_rest[channel] = set_normalisation(input.norm, channel, mean, rstd, var);
+      input.scale[channel] = input.norm.weight[channel] * rstd;
     } else {
       set_no_normalisation(channel);
     }
-    input_scale_[channel] = call_.statistics ? weight_[channel] * rstd(channel) : 1.0;
-    set(kInputScale, channel, input_scale_[channel]);
+    set(input.norm, kInputScale, channel, input.scale[channel]);
   }
 
-  double rstd(int64_t channel) const { return call_.statistics[channels_ + channel]; }
-
   // dx = scale·(dz − dβ/m − x̂·dγ/m) as a line in dz and in d = x − pivot.
-  void set_input_line(int64_t channel) {
-    const double slope = -input_scale_[channel] * rstd(channel) * dweight_[channel] / count_;
-    set(kInputSlope, channel, slope);
-    set(kInputShift, channel, -input_scale_[channel] * dbias_[channel] / count_ - mean_rest_[channel] * slope);
+  void set_input_line(const Input& input, int64_t channel) {
+    const double scale = input.scale[channel];
+    const double slope = -scale * input.rstd(channel, channels_) * input.dweight[channel] / count_;
+    set(input.norm, kInputSlope, channel, slope);
+    set(input.norm, kInputShift, channel, -scale * dbias_[channel] / count_ - input.mean_rest[channel] * slope);
   }
 
   // dx from the means that were given, and ‖dx‖² as it is written.
   void differentiate_input() {
     for (int64_t c = 0; c < channels_; ++c) {
       dbias_[c] = call_.mean_gradients[c] * count_;
-      dweight_[c] = call_.mean_gradients[channels_ + c] * count_;
-      set_input_line(c);
-      cancels_[c] = 1;  // the closed form holds for the sums of this tensor alone
+      x().dweight[c] = call_.mean_gradients[channels_ + c] * count_;
+      set_input_line(x(), c);
+      x().cancels[c] = 1;  // the closed form holds for the sums of this tensor alone
     }
     base_.dx_factor = *call_.dx_factor;
     run({{nullptr, [this](int64_t group, int64_t slice, char*) { apply(group, slice, nullptr); }},
          {[this](int64_t begin, int64_t end) { settle_norms(begin, end); }, nullptr}});
-    *call_.dx_squares = add_up(dx_squares_.get());
+    *call_.dx_squares = add_up(x().squares.get());
   }
 
   // Whether dx is made from dz as dresidual has it, rounded to the tensors' type: as PyTorch's batch norm takes it from
   // its activation, and half of the work of a smooth one. Kept or read again, it is the same.
-  bool reads_dresidual() const { return call_.dresidual && !call_.mask; }
+  bool reads_dresidual() const { return call_.dresidual && !call_.mask && !call_.normalises_residual; }
 
   // Of a slice's dz, if it is to be kept for the second pass: where it costs more to make than to read again, and
   // dresidual does not stay in the caches.
   int64_t kept_bytes() const {
     const int64_t bytes = grid_.padded_slice() * item_size(call_.dtype);
-    return base_.streams && base_.residual && reads_dresidual() && bytes * grid_.slices() <= kMaxKeptBytes ? bytes : 0;
+    const bool again = call_.normalises_residual ? !call_.mask && call_.activation != kIdentity
+                                                 : base_.streams && base_.residual && reads_dresidual();
+    return again && bytes * grid_.slices() <= kMaxKeptBytes ? bytes : 0;
   }
 
   // Sums; and, with frozen statistics, dx.
   void reduce(int64_t group, int64_t slice, void* dresidual, char* kept) {
     Tile tile = base_;
-    tile.dresidual = dresidual;
+    tile.dresidual = batch_mode_ && call_.normalises_residual ? nullptr : dresidual;
     tile.dz = kept;
     if (!batch_mode_) tile.dx = call_.dx;
     const auto run = [&](const TileFunction* functions) {
-      tile.sums = sums_.start(group, slice, 0, kDxSquares);
+      tile.sums = sums_.start(group, slice, 0, reduced_);
       run_tile(functions[call_.dtype], tile, group, slice);
     };
     run(kernels_.reduce);
     if (call_.dtype == kFloat64) return;
     const bool hold = squares_hold(group, slice);
     sums_.mend(
-        group, slice, kDxSquares, [&](int64_t c) { return hold && finite(slice, c); },
+        group, slice, reduced_, [&](int64_t c) { return hold && finite(slice, c); },
         [&] { run(kernels_.reduce_wide); });
   }
 
   bool finite(int64_t slice, int64_t c) const {
     return std::isfinite(sums_.part(slice, kDzDeviation, c) + sums_.part(slice, kDzSquares, c) +
-                         sums_.part(slice, kDySquares, c) + sums_.part(slice, kActivationDweight, c));
+                         sums_.part(slice, kDySquares, c) + sums_.part(slice, kActivationDweight, c) +
+                         (call_.normalises_residual ? sums_.part(slice, kDzResidualDeviation, c) : 0.0));
   }
 
   // Whether the squares in a slice's sums are those of numbers whose squares float32 holds. One that underflows takes
   // less than 2⁻¹²⁵ from a sum, and is missed only beside others that are as small: in Σdz², in Σdy², or in ‖dx‖².
   bool squares_hold(int64_t group, int64_t slice) const {
+    return std::all_of(inputs_.begin(), inputs_.end(),
+                       [&](const Input& input) { return squares_hold(input, group, slice); });
+  }
+
+  bool squares_hold(const Input& input, int64_t group, int64_t slice) const {
     const double lost = 0x1p-125 * static_cast<double>(grid_.slice_elements());
     double dz = 0.0, dx = 0.0, dy = 0.0, largest = 0.0;
     for (int64_t c = grid_.first_channel(group); c < grid_.end_channel(group); ++c) {
       if (!finite(slice, c)) continue;
-      const double squares = sums_.part(slice, kDzSquares, c), scale = input_scale_[c] * input_scale_[c];
+      const double squares = sums_.part(slice, kDzSquares, c), scale = input.scale[c] * input.scale[c];
       dz += squares;
       dx += scale * squares;
       dy += sums_.part(slice, kDySquares, c);
@@ -682,9 +777,12 @@ class BackwardPass : Operation {
   void apply(int64_t group, int64_t slice, char* kept) {
     Tile tile = base_;
     tile.dx = call_.dx;
+    if (call_.normalises_residual) tile.dresidual = call_.dresidual;
     const int64_t begin = grid_.first_channel(group), end = grid_.end_channel(group);
-    const bool any_cancels =
-        std::any_of(cancels_.begin() + begin, cancels_.begin() + end, [](char cancels) { return cancels != 0; });
+    const bool any_cancels = std::any_of(inputs_.begin(), inputs_.end(), [&](const Input& input) {
+      const auto first = input.cancels.begin();
+      return std::any_of(first + begin, first + end, [](char cancels) { return cancels != 0; });
+    });
     if (any_cancels) tile.sums = sums_.start(group, slice, kDxSquares, kSums);
     const ActivationKernels* kernels = &kernels_;
     if (kept) {
@@ -697,29 +795,32 @@ class BackwardPass : Operation {
   }
 
   // dγ, dβ, what dx takes from them, and ‖dx‖² in closed form.
-  void settle_channel(int64_t channel) {
+  void settle_channel(Input& input, int64_t channel) {
     const double dz = sums_.total(kDz, channel), squares = sums_.total(kDzSquares, channel);
-    const double scale = input_scale_[channel], rest = mean_rest_[channel];
+    const double scale = input.scale[channel], rest = input.mean_rest[channel];
+    const double r = input.statistics ? input.rstd(channel, channels_) : 0.0;
+    const double dweight = input.statistics ? (sums_.total(input.dz_deviation, channel) - rest * dz) * r : 0.0;
     dbias_[channel] = dz;
-    dweight_[channel] = call_.statistics ? (sums_.total(kDzDeviation, channel) - rest * dz) * rstd(channel) : 0.0;
+    input.dweight[channel] = dweight;
     double remaining = squares;
     if (batch_mode_) {
-      const double r = rstd(channel), dweight = dweight_[channel];
-      const double kappa = 1.0 - call_.eps * r * r;  // Σx̂²/m
+      const double kappa = 1.0 - input.norm.eps * r * r;  // Σx̂²/m
       remaining -= (dz * dz + (2.0 - kappa) * dweight * dweight) / count_;
       // Not comparable: NaN, which the sum over dx then shows.
-      const bool wanted = call_.dx && (call_.record || bounded_);
-      cancels_[channel] = wanted && squares != 0.0 && !(remaining > kClosedFormShare * squares);
-      set_input_line(channel);
+      const bool wanted = input.gradient && (input.record || bounded_);
+      input.cancels[channel] = wanted && squares != 0.0 && !(remaining > kClosedFormShare * squares);
+      set_input_line(input, channel);
     }
-    dx_squares_[channel] = scale * scale * (remaining < 0.0 ? 0.0 : remaining);
+    input.squares[channel] = scale * scale * (remaining < 0.0 ? 0.0 : remaining);
   }
 
   void settle_norms(int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      if (!cancels_[c]) continue;
-      sums_.merge(c, c + 1, kDxSquares, kSums);
-      dx_squares_[c] = sums_.total(kDxSquares, c);
+    for (Input& input : inputs_) {
+      for (int64_t c = begin; c < end; ++c) {
+        if (!input.cancels[c]) continue;
+        sums_.merge(c, c + 1, input.gradient_squares, input.gradient_squares + 1);
+        input.squares[c] = sums_.total(input.gradient_squares, c);
+      }
     }
   }
 
@@ -731,7 +832,7 @@ class BackwardPass : Operation {
     base_.dx_factor = std::clamp(norm, call_.min_norm, call_.max_norm) / norm;
     if (base_.dx_factor == 1.0) return squares;
     if (call_.dx) {
-      std::fill(cancels_.begin(), cancels_.end(), 0);  // the norm is known
+      std::fill(x().cancels.begin(), x().cancels.end(), 0);  // the norm is known
       run({{nullptr, [this](int64_t group, int64_t slice, char*) {
               batch_mode_ ? apply(group, slice, nullptr) : reduce(group, slice, nullptr, nullptr);
             }}});
@@ -757,31 +858,71 @@ class BackwardPass : Operation {
     return total;
   }
 
-  // In the order of vgkern.ops.RECORD_FIELDS.
-  void write_record(double dx_squares) const {
-    const double dy_squares = add_up(kDySquares);
-    const int64_t elements = call_.shape.batch * call_.shape.channels * call_.shape.spatial;
+  // The residual's batch norm is a layer without activation, at which dz arrives.
+  void write_records(double dx_squares) {
+    const double dz_squares = add_up(kDzSquares);
     // Squares of finite float32 values do not overflow in float64: nothing to count unless the sum says so.
-    const int64_t nonfinite =
-        std::isfinite(dy_squares) ? 0 : count_nonfinite(call_.dy, call_.dtype, elements, call_.threads);
+    if (call_.record) {
+      const double dy_squares = add_up(kDySquares);
+      const int64_t nonfinite = std::isfinite(dy_squares) ? 0 : nonfinite_in(call_.dy);
+      write_record(call_.record, dy_squares, dz_squares, dx_squares, x(), call_.norm, add_up(kDead), nonfinite);
+    }
+    if (call_.residual_record) {
+      const int64_t nonfinite = std::isfinite(dz_squares) ? 0 : nonfinite_in_dz();
+      const Input& input = inputs_[1];
+      write_record(call_.residual_record, dz_squares, dz_squares, add_up(input.squares.get()), input,
+                   call_.residual_norm, 0.0, nonfinite);
+    }
+  }
+
+  // In the order of vgkern.ops.RECORD_FIELDS.
+  void write_record(double* record, double dy_squares, double dz_squares, double dx_squares, const Input& input,
+                    const BatchNorm& norm, double dead, int64_t nonfinite) const {
     const double fields[kRecordFields] = {
         dy_squares,
-        add_up(kDzSquares),
+        dz_squares,
         dx_squares,
-        call_.weight.data ? add_up_squares(dweight_.get()) : 0.0,
-        call_.bias.data ? add_up_squares(dbias_.get()) : 0.0,
-        add_up(kDead),
+        norm.weight.data ? add_up_squares(input.dweight.get()) : 0.0,
+        norm.bias.data ? add_up_squares(dbias_.get()) : 0.0,
+        dead,
         static_cast<double>(nonfinite),
-        static_cast<double>(elements),
+        static_cast<double>(elements()),
         1.0,
     };
-    std::copy_n(fields, kRecordFields, call_.record);
+    std::copy_n(fields, kRecordFields, record);
+  }
+
+  int64_t elements() const { return call_.shape.batch * call_.shape.channels * call_.shape.spatial; }
+
+  int64_t nonfinite_in(const void* tensor) const {
+    return count_nonfinite(tensor, call_.dtype, elements(), call_.threads);
+  }
+
+  // dz is written nowhere. Here it is, as the gradient of a residual that is scaled by 1 under frozen statistics.
+  int64_t nonfinite_in_dz() {
+    const std::unique_ptr<char[]> dz(new char[elements() * item_size(call_.dtype)]);
+    Sums unused(grid_, channel_stride_, kSums);
+    for (int64_t c = 0; c < channels_; ++c) set(residual_norm_, kInputScale, c, 1.0);
+    run({{nullptr, [&](int64_t group, int64_t slice, char*) {
+            Tile tile = base_;
+            tile.dresidual = dz.get();
+            tile.streams = false;
+            tile.sums = unused.start(group, slice, 0, reduced_);
+            run_tile(kernels_.reduce[call_.dtype], tile, group, slice);
+          }}});
+    return nonfinite_in(dz.get());
   }
 
   void write_gradients() const {
-    const auto write = table_.from_double[call_.gradient_dtype];
-    if (call_.dweight) write(dweight_.get(), call_.dweight, channels_);
-    if (call_.dbias) write(dbias_.get(), call_.dbias, channels_);
+    const auto write = [&](const Rows& values, void* target, DataType dtype) {
+      if (target) table_.from_double[dtype](values.get(), target, channels_);
+    };
+    write(inputs_[0].dweight, call_.dweight, call_.gradient_dtype);
+    write(dbias_, call_.dbias, call_.gradient_dtype);
+    if (call_.normalises_residual) {
+      write(inputs_[1].dweight, call_.dresidual_weight, call_.residual_gradient_dtype);
+      write(dbias_, call_.dresidual_bias, call_.residual_gradient_dtype);
+    }
     if (!call_.dactivation_weight) return;
     const bool shared = call_.activation_weight_size == 1;
     const Rows gradient = allocate(1);
@@ -793,8 +934,9 @@ class BackwardPass : Operation {
   const Backward& call_;
   const bool batch_mode_, bounded_;
   Sums sums_;
-  const Rows dweight_, dbias_, mean_rest_, input_scale_, dx_squares_;
-  std::vector<char> cancels_;
+  const int reduced_;  // how many of their rows the reduction makes
+  const Rows dbias_;
+  std::vector<Input> inputs_;
 };
 
 }  // namespace

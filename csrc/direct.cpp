@@ -72,6 +72,27 @@ struct Channels {
   py::object copy;
 };
 
+// A residual: a tensor, or a tuple of it and what there is of a batch norm of its own: eps, weight, bias, running_mean,
+// running_var, and of a backward dweight, dbias, record.
+struct Residual {
+  explicit Residual(PyObject* given)
+      : parts(PyTuple_Check(given) ? py::reinterpret_borrow<py::tuple>(given) : py::make_tuple(py::handle(given))),
+        normalised(parts.size() > 1),
+        data(memory_of<const void>(part(0))),
+        weight(part(2)),
+        bias(part(3)),
+        running_mean(part(4)),
+        running_var(part(5)) {}
+
+  PyObject* part(size_t i) const { return i < parts.size() ? PyTuple_GET_ITEM(parts.ptr(), i) : Py_None; }
+  BatchNorm norm() const { return {weight.array, bias.array, number(part(1)), running_mean.array, running_var.array}; }
+
+  py::tuple parts;
+  bool normalised;
+  const void* data;
+  Channels weight, bias, running_mean, running_var;
+};
+
 // As vgkern.ops.layout.
 Shape shape_of(const View& x) {
   Shape shape{1, 1, count_of(x), false};
@@ -89,7 +110,7 @@ constexpr int kGiven = 10;
 struct Given {
   explicit Given(Arguments given)
       : x(view_of(given[0])),
-        residual(memory_of<const void>(given[1])),
+        residual(given[1]),
         weight(given[2]),
         bias(given[3]),
         activation_weight(given[4]),
@@ -108,20 +129,20 @@ struct Given {
     call.dtype = DataType(code_of(x.dtype));
     call.threads = threads;
     call.training = training;
-    call.eps = eps;
     call.activation = activation;
     call.activation_args = activation_args;
     call.x = x.data;
-    call.residual = residual;
-    call.weight = weight.array;
-    call.bias = bias.array;
+    call.residual = residual.data;
+    call.norm = {weight.array, bias.array, eps, {}, {}};
+    call.normalises_residual = residual.normalised;
+    if (residual.normalised) call.residual_norm = residual.norm();
     call.activation_weight = activation_weight.array;
     call.activation_weight_size = activation_weight.size;
     return call;
   }
 
   View x;
-  const void* residual;
+  Residual residual;
   Channels weight, bias, activation_weight;
   bool training;
   double eps;
@@ -137,8 +158,8 @@ void forward(Arguments given) {
   const Given common(given);
   const Channels running_mean(given[kGiven]), running_var(given[kGiven + 1]);
   auto call = common.call<Forward>();
-  call.running_mean = running_mean.array;
-  call.running_var = running_var.array;
+  call.norm.running_mean = running_mean.array;
+  call.norm.running_var = running_var.array;
   call.y = memory_of<void>(given[kGiven + 2]);
   call.statistics = memory_of<double>(given[kGiven + 3]);
   call.saved_mask = memory_of<uint8_t>(given[kGiven + 4]);
@@ -164,6 +185,12 @@ void backward(Arguments given) {
   call.dactivation_weight = memory_of<void>(given[kGiven + 9]);
   call.gradient_dtype = DataType(code_of((dweight.data ? dweight : dbias).dtype));
   call.record = memory_of<double>(given[kGiven + 10]);
+  const View dresidual_weight = view_or_none(common.residual.part(6)),
+             dresidual_bias = view_or_none(common.residual.part(7));
+  call.dresidual_weight = dresidual_weight.data;
+  call.dresidual_bias = dresidual_bias.data;
+  call.residual_gradient_dtype = DataType(code_of((dresidual_weight.data ? dresidual_weight : dresidual_bias).dtype));
+  call.residual_record = memory_of<double>(common.residual.part(8));
   const py::gil_scoped_release release;
   batch_norm_act_backward(kernels(), call);
 }

@@ -22,6 +22,9 @@ constexpr int64_t kChannelPadding = 16;
 // The pivot is a number of type R at which x is not large against its deviation: the subtraction then loses nothing,
 // and what the exact mean differs by is in the shifts. With their low parts scale and shift are good to float64 where R
 // is float: an error of half a unit in the last place would be that of every element, and add up in dweight and dbias.
+//
+// A residual with a batch norm of its own has the same numbers again, kParameters rows further: with e = residual − its
+// pivot, z = (d·scale + shift) + (e·scale' + shift') + low parts, and dresidual is to e what dx is to d.
 enum Parameter : int {
   kPivot,  // also the value from which the statistics measure
   kScale,
@@ -44,10 +47,14 @@ enum Sum : int {
   kDzSquares,
   kDySquares,
   kDead,  // elements with φ'(z) = 0; where channels lie across, each vector's count is in its first channel
-  kActivationDweight,  // z·dy where not z > 0
-  kDxSquares,          // made by the pass that writes dx, where it is asked for
+  kActivationDweight,    // z·dy where not z > 0
+  kDzResidualDeviation,  // dz·(residual − its pivot), where the residual is normalised
+  kDxSquares,            // made by the pass that writes dx, where it is asked for
+  kDresidualSquares,     // the same of a residual that is normalised
   kSums
 };
+
+constexpr Parameter of_residual(Parameter which) { return static_cast<Parameter>(kParameters + which); }
 
 // A part of x that one call works on: a stretch of `width` elements for each run and channel, or, where channels lie
 // across (rows), for each run alone.
@@ -70,15 +77,16 @@ struct Tile {
   void* dresidual;
   uint8_t* saved_mask;
 
-  const void* parameters;  // R[kParameters][padded_channels]
+  const void* parameters;  // R[kParameters][padded_channels], twice that where the residual is normalised
   double* sums;            // [kSums][padded_channels]
   int64_t padded_channels;
   void* dz;  // what reduce leaves there for apply, as it walks; stretches are padded to whole vectors
   const double* activation_args;
   double dx_factor;  // what brings the norm of dx into its bounds; else 1
   bool normalises;   // or else z is x + residual to the bit, and the low parts play no part
-  bool record;       // whether dy² and dead elements are counted
-  bool streams;      // whether y, dx and dresidual are written past the caches; only where every vector is aligned
+  bool normalises_residual;
+  bool record;   // whether dy² and dead elements are counted
+  bool streams;  // whether y, dx and dresidual are written past the caches; only where every vector is aligned
 };
 
 // Channels of a tile that is not across, at most.
@@ -92,6 +100,9 @@ using TileFunction = void (*)(const Tile&);
 //     input_scale·dz
 //                where asked for (frozen statistics)                                  2 … 5
 //     apply      dx from dy and z; kDxSquares where `sums` is given                   3 … 4
+//
+// Of a residual that is normalised, reduce reads it in any case and sums kDzResidualDeviation; it writes dresidual with
+// dx alone, and apply too where asked for, with kDresidualSquares.                    3 … 5 and 5
 //
 // Sums over a few vectors are made in R and added up in float64. Where R is float, squares may underflow or overflow in
 // that: the driver sees it in the sums and has them made again by reduce_wide, in float64 throughout.

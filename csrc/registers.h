@@ -39,6 +39,7 @@
 
 // Inlining is not left to the compiler's judgement: a call would pass every register through memory.
 #define VGKERN_INLINE inline __attribute__((always_inline))
+#define VGKERN_NOINLINE __attribute__((noinline))
 #define VGKERN_LAMBDA __attribute__((always_inline))
 
 namespace vgkern {

@@ -338,8 +338,8 @@ using CancellingSum = std::conditional_t<sizeof(T) == 2, StretchSum<R, S, COLUMN
 template <class R, int kFirst, int kEnd>
 class LaneSums {
  public:
-  VGKERN_INLINE explicit LaneSums(const Tile& tile) : tile_(tile) {
-    if (tile.across) return;
+  VGKERN_INLINE explicit LaneSums(const Tile& tile, bool wanted = true) : tile_(tile), wanted_(wanted) {
+    if (tile.across || !wanted) return;
     for (int row = kFirst; row < kEnd; ++row) {
       for (int64_t i = 0; i < tile.channels; ++i) store(lanes(row, i), Wide<R>(0.0));
     }
@@ -354,7 +354,7 @@ class LaneSums {
   }
 
   VGKERN_INLINE void finish() {
-    if (tile_.across) return;
+    if (tile_.across || !wanted_) return;
     for (int row = kFirst; row < kEnd; ++row) {
       for (int64_t i = 0; i < tile_.channels; ++i) sums(row)[i] += sum(load_wide<R>(lanes(row, i)));
     }
@@ -366,21 +366,127 @@ class LaneSums {
     return lanes_ + ((row - kFirst) * kTileChannels + channel) * kLanes<R>;
   }
 
-  const Tile& tile_;
+  const Tile tile_;  // a copy: a reference would let whoever adds to the sums reach the pass
+  const bool wanted_;
   double lanes_[(kEnd - kFirst) * kTileChannels * kLanes<R>];
 };
 
+// A block of a residual that is normalised, and z or dz of it. Its parameters are looked up for each block: in
+// registers, as those of x, they would take these from residuals that are not.
+//
+// OUT_OF_LINE: where it is rare, or little beside what else is done. Then it is no part of the pass's code but one
+// function for all activations, and all is given as copies, since what a function may reach by its address stays in no
+// register.
+template <class T, int VECTORS, int COLUMNS, bool OUT_OF_LINE>
+struct NormalisedResidual {
+  using R = Opmath<T>;
+
+  std::conditional_t<OUT_OF_LINE, const Tile, const Tile&> tile;
+  const int64_t channel;
+  std::conditional_t<OUT_OF_LINE, const Block<R, COLUMNS>, const Block<R, COLUMNS>&> at;
+  Vec<R> values[VECTORS];
+
+  VGKERN_INLINE NormalisedResidual(const Tile& tile, int64_t channel, const Block<R, COLUMNS>& at,
+                                   const Vec<R> (&given)[VECTORS])
+      : tile(tile), channel(channel), at(at) {
+    unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { values[j] = given[j]; });
+  }
+
+  // To z.
+  VGKERN_INLINE void add() {
+    if constexpr (OUT_OF_LINE) {
+      call_add();
+    } else {
+      add_here();
+    }
+  }
+
+  // The sum of dz·e, strips in S; dresidual under frozen statistics.
+  template <class S, class Sums>
+  VGKERN_INLINE void reduce(Sums& sums) const {
+    if constexpr (OUT_OF_LINE) {
+      call_reduce<S>(sums);
+    } else {
+      reduce_here<S>(sums);
+    }
+  }
+
+  // dresidual, and its squares where they are asked for.
+  template <class Sums>
+  VGKERN_INLINE void apply(Sums& sums) const {
+    Vec<R> e[VECTORS], dresidual[VECTORS];
+    deviations(e);
+    const auto scale = parameter(kInputScale), slope = parameter(kInputSlope), shift = parameter(kInputShift);
+    unroll<VECTORS>([&](auto j)
+                        VGKERN_LAMBDA { dresidual[j] = fma(values[j], scale[j], fma(e[j], slope[j], shift[j])); });
+    store_block(dresidual, static_cast<T*>(tile.dresidual), at, tile.streams);
+    if (!tile.sums) return;
+    WideSum<R, COLUMNS> sum;
+    unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
+      const Wide<R> wide(j < VECTORS - 1 ? dresidual[j] : select(first_lanes<R>(at.lanes), dresidual[j], Vec<R>(0)));
+      sum.add_product(j, wide, wide);
+    });
+    sums.add(kDresidualSquares, channel, sum);
+  }
+
+ private:
+  VGKERN_INLINE void add_here() {
+    Vec<R> e[VECTORS];
+    deviations(e);
+    add_product(e, kScale, kShift);
+    if (sizeof(T) > 2) add_product(e, kScaleLow, kShiftLow);
+  }
+
+  template <class S, class Sums>
+  VGKERN_INLINE void reduce_here(Sums& sums) const {
+    using Sum = CancellingSum<T, R, S, COLUMNS>;
+    using Term = typename Sum::Term;
+    Vec<R> e[VECTORS], dresidual[VECTORS];
+    deviations(e);
+    Sum sum;
+    unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { sum.add_product(j, Term(values[j]), Term(e[j])); });
+    sum.end_strip();
+    sums.add(kDzResidualDeviation, channel, sum);
+    if (!tile.dresidual) return;
+    const PerColumn<R, COLUMNS> scale = parameter(kInputScale);
+    unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { dresidual[j] = values[j] * scale[j]; });
+    store_block(dresidual, static_cast<T*>(tile.dresidual), at, tile.streams);
+  }
+
+  VGKERN_NOINLINE void call_add() { add_here(); }
+
+  template <class S, class Sums>
+  VGKERN_NOINLINE void call_reduce(Sums& sums) const {
+    reduce_here<S>(sums);
+  }
+
+  VGKERN_INLINE PerColumn<R, COLUMNS> parameter(Parameter which) const { return {tile, channel, of_residual(which)}; }
+
+  VGKERN_INLINE void deviations(Vec<R> (&e)[VECTORS]) const {
+    const PerColumn<R, COLUMNS> pivot = parameter(kPivot);
+    load_block(e, static_cast<const T*>(tile.residual), at, *Parameters<R>{tile, channel}.at(of_residual(kPivot)));
+    unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { e[j] = e[j] - pivot[j]; });
+  }
+
+  VGKERN_INLINE void add_product(const Vec<R> (&e)[VECTORS], Parameter scale, Parameter shift) {
+    const PerColumn<R, COLUMNS> a = parameter(scale), b = parameter(shift);
+    unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { values[j] = values[j] + fma(e[j], a[j], b[j]); });
+  }
+};
+
 // z and its way there.
-template <class T, int COLUMNS>
+template <class T, int COLUMNS, bool OUT_OF_LINE = false>
 struct PreActivation {
   using R = Opmath<T>;
 
   const Tile& tile;
+  const int64_t channel;
   PerColumn<R, COLUMNS> pivot, scale, scale_low, shift, shift_low, weight;
   R fill;
 
   VGKERN_INLINE PreActivation(const Tile& tile, int64_t channel)
       : tile(tile),
+        channel(channel),
         pivot(tile, channel, kPivot),
         scale(tile, channel, kScale),
         scale_low(tile, channel, kScaleLow),
@@ -398,7 +504,11 @@ struct PreActivation {
   template <int VECTORS>
   VGKERN_INLINE void operator()(Vec<R> (&z)[VECTORS], const Vec<R> (&d)[VECTORS], const Block<R, COLUMNS>& at) const {
     unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { z[j] = fma(d[j], scale[j], shift[j]); });
-    if (tile.residual) {
+    if (tile.normalises_residual) {
+      NormalisedResidual<T, VECTORS, COLUMNS, OUT_OF_LINE> residual(tile, channel, at, z);
+      residual.add();
+      unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { z[j] = residual.values[j]; });
+    } else if (tile.residual) {
       Vec<R> residual[VECTORS];
       load_block(residual, static_cast<const T*>(tile.residual), at, R(0));
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { z[j] = z[j] + residual[j]; });
@@ -421,7 +531,7 @@ struct Derivative {
 
 template <class F, class T, class R, int VECTORS, int COLUMNS>
 VGKERN_INLINE void differentiate(Derivative<R, VECTORS>& out, const F& activation,
-                                 const PreActivation<T, COLUMNS>& z_of, const Block<R, COLUMNS>& at,
+                                 const PreActivation<T, COLUMNS, true>& z_of, const Block<R, COLUMNS>& at,
                                  const Vec<R> (&d)[VECTORS], const Vec<R> (&dy)[VECTORS]) {
   const Vec<R> zero(0);
   if constexpr (F::reads == Reads::nothing) {
@@ -570,19 +680,21 @@ template <class T, class F, class S>
 struct ReducePass {
   using Element = T;
   using R = Opmath<T>;
-  using Width = std::conditional_t<std::is_same_v<S, Vec<R>>, WidthOf<T, F::reads>, vgkern::Width<1, 1>>;
+  static constexpr bool kRare = !std::is_same_v<S, Vec<R>>;
+  using Width = std::conditional_t<kRare, vgkern::Width<1, 1>, WidthOf<T, F::reads>>;
   static constexpr int64_t kBandRows = 4 * kStrip;  // what is added up for a stretch is worth a few rows more
 
   const Tile tile;
   const F activation{tile.activation_args};
-  LaneSums<R, 0, F::has_weight ? kDxSquares : kDead> sums{tile};
+  LaneSums<R, 0, F::has_weight ? kDzResidualDeviation : kDead> sums{tile};
+  LaneSums<R, kDzResidualDeviation, kDxSquares> residual_sums{tile, tile.normalises_residual};
   int64_t dead = 0;
 
   template <int COLUMNS>
   struct Stretch {
     ReducePass& pass;
     int64_t channel;
-    PreActivation<T, COLUMNS> z_of;
+    PreActivation<T, COLUMNS, true> z_of;  // what z costs hides the call
     CancellingSum<T, R, S, COLUMNS> dz_sum, dz_deviation, dweight;
     StretchSum<R, S, COLUMNS> dz_squares, dy_squares;
 
@@ -600,7 +712,11 @@ struct ReducePass {
       }
       Derivative<R, VECTORS> d;
       differentiate(d, pass.activation, z_of, at, deviation, dy);
-      if (tile.dresidual) store_block(d.dz, static_cast<T*>(tile.dresidual), at, tile.streams);
+      if (tile.normalises_residual) {
+        NormalisedResidual<T, VECTORS, COLUMNS, kRare>(tile, channel, at, d.dz).template reduce<S>(pass.residual_sums);
+      } else if (tile.dresidual) {
+        store_block(d.dz, static_cast<T*>(tile.dresidual), at, tile.streams);
+      }
       if (tile.dz) {
         unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { store(static_cast<T*>(tile.dz) + at.dz_of(j), d.dz[j]); });
       }
@@ -648,6 +764,7 @@ void reduce_tile(const Tile& tile) {
   ReducePass<T, F, S> pass{tile};
   walk(pass);
   pass.sums.finish();
+  pass.residual_sums.finish();
   tile.sums[kDead * tile.padded_channels] += static_cast<double>(pass.dead);
 }
 
@@ -660,13 +777,13 @@ struct ApplyPass {
 
   const Tile tile;
   const F activation{tile.activation_args};
-  LaneSums<R, kDxSquares, kSums> sums{tile};
+  LaneSums<R, kDxSquares, kSums> sums{tile, tile.sums != nullptr};
 
   template <int COLUMNS>
   struct Stretch {
     ApplyPass& pass;
     int64_t channel;
-    PreActivation<T, COLUMNS> z_of{pass.tile, channel};
+    PreActivation<T, COLUMNS, true> z_of{pass.tile, channel};
     PerColumn<R, COLUMNS> scale{pass.tile, channel, kInputScale}, slope{pass.tile, channel, kInputSlope};
     PerColumn<R, COLUMNS> shift{pass.tile, channel, kInputShift};
     Vec<R> factor{static_cast<R>(pass.tile.dx_factor)};
@@ -706,6 +823,9 @@ struct ApplyPass {
           const Wide<R> wide(j < VECTORS - 1 ? dx[j] : select(first_lanes<R>(at.lanes), dx[j], Vec<R>(0)));
           squares.add_product(j, wide, wide);
         });
+      }
+      if (tile.normalises_residual) {
+        NormalisedResidual<T, VECTORS, COLUMNS, false>(tile, channel, at, d.dz).apply(pass.sums);
       }
     }
     VGKERN_INLINE void end_strip() {}

@@ -408,18 +408,30 @@ def _differentiate(
     if READS_Z or READS_X:
         x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
         z, centred = _pre_activation(x, affine, residual_ptr if READS_Z else None, offset, inside, NORMALISE)
+    dz, dead = _derivative(
+        dy, z, affine[5], mask_ptr, run, start, exists, inside, inner_size, COUNT_DEAD, BACKWARD, ON, ARGS, COMPUTE
+    )
+    return dy, dz, x, centred, z, dead
+
+
+@triton.jit
+def _derivative(
+    dy, z, slope, mask_ptr, run, start, exists, inside, inner_size,
+    COUNT_DEAD: tl.constexpr, BACKWARD: tl.constexpr, ON: tl.constexpr, ARGS: tl.constexpr, COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """dz of one tile from dy and the mask, or z; and which elements are dead."""
     if mask_ptr is not None:
         state = _load_bits(mask_ptr, run, start, exists, inner_size, dy.shape[0], dy.shape[1])
     elif ON is not None:
         state = ON(z, ARGS)
     else:
         state = z
-    dz = tl.where(inside, BACKWARD(dy, state, affine[5], ARGS), 0.0)
+    dz = tl.where(inside, BACKWARD(dy, state, slope, ARGS), 0.0)
     if COUNT_DEAD:
-        dead = (BACKWARD(tl.full(dy.shape, 1.0, COMPUTE), state, affine[5], ARGS) == 0) & inside
+        dead = (BACKWARD(tl.full(dy.shape, 1.0, COMPUTE), state, slope, ARGS) == 0) & inside
     else:
         dead = inside
-    return dy, dz, x, centred, z, dead
+    return dz, dead
 
 
 @triton.jit

@@ -70,7 +70,8 @@ class GuardedMemory(TorchDispatchMode):
 @contextlib.contextmanager
 def guarded(at_end: bool, order):
     """The Triton backend on guarded memory, its programs in the given order; yields how many launches had several."""
-    plain = backend.batch_norm_act_forward, backend.batch_norm_act_backward
+    names = [f"{double}batch_norm_act_{way}" for double in ("", "double_") for way in ("forward", "backward")]
+    plain = {name: getattr(backend, name) for name in names}
 
     def within(operator):
         def call(*args):
@@ -83,12 +84,14 @@ def guarded(at_end: bool, order):
 
         return call
 
-    backend.batch_norm_act_forward, backend.batch_norm_act_backward = map(within, plain)
+    for name, operator in plain.items():
+        setattr(backend, name, within(operator))
     try:
         with permute_programs(order) as programs:
             yield programs
     finally:
-        backend.batch_norm_act_forward, backend.batch_norm_act_backward = plain
+        for name, operator in plain.items():
+            setattr(backend, name, operator)
 
 
 def backwards(programs: int) -> list[int]:

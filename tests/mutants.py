@@ -42,6 +42,7 @@ class Verdict:
 
 
 BATCH_NORM, NORMS = "kernels/batch_norm.py", "kernels/gradient_norm.py"
+DOUBLE_KERNELS, DOUBLE = "kernels/double_batch_norm.py", "tests/test_double_batch_norm.py"
 MONITOR = "vgkern/gradients/monitor.py"
 CPU, CPU_NORMS = "csrc/batch_norm.cpp", "csrc/gradient_norm.cpp"
 KERNELS = "tests/test_triton_kernels.py|many_tiles or accuracy_does or offsets_reach or halves_are or not_wanted"
@@ -112,7 +113,7 @@ FAULTS = [
     Fault("the wrong sign of 1 − κ in the norm", BATCH_NORM,
           "(1.0 + excess) * dz_xhat", "(1.0 - excess) * dz_xhat", RECORD),
     Fault("elements outside the tensor counted as dead", BATCH_NORM,
-          "affine[5], ARGS) == 0) & inside", "affine[5], ARGS) == 0)", RECORD),
+          "slope, ARGS) == 0) & inside", "slope, ARGS) == 0)", RECORD),
     Fault("an upper bound that does not bound", BATCH_NORM,
           "tl.where(norm > max_norm, max_norm, bound)", "tl.where(norm > max_norm, norm, bound)", BOUNDS),
     Fault("the closed form where it cancels", BATCH_NORM, "tl.constexpr(2.0**-10)", "tl.constexpr(2.0**-60)", CANCELS),
@@ -125,6 +126,24 @@ FAULTS = [
           "last = tl.where(_cancels(dx_sq, scaled_sq), first, last)", "last = last", CANCELS),
     Fault("a second launch that always writes", BATCH_NORM,
           "last = tl.where(factor == 1.0, first, last)", "last = last", TRAFFIC),
+    # -- the double batch norm
+    Fault("the residual normalised by x's statistics", DOUBLE_KERNELS,
+          "statistics_ptr + 3 * num_channels, residual_weight_ptr, residual_bias_ptr, None, channel",
+          "statistics_ptr, residual_weight_ptr, residual_bias_ptr, None, channel", f"{DOUBLE}|triton and prelu"),
+    Fault("dγ of the residual in the place of dγ", DOUBLE_KERNELS,
+          "dz_xhat / channel_size, scale, rstd, COMPUTE, ROWS, RUNS)\n        dx = tl.where",
+          "dz_rhat / channel_size, scale, rstd, COMPUTE, ROWS, RUNS)\n        dx = tl.where",
+          f"{DOUBLE}|triton and prelu"),
+    Fault("one sum for both dγ, C++", CPU,
+          "kDzResidualDeviation, kDresidualSquares", "kDzDeviation, kDresidualSquares", f"{DOUBLE}|cpu and relu"),
+    Fault("the statistics of both in one place, C++", CPU,
+          "residual_norm_, call_.statistics + 3 * channels_);\n    }\n    const auto each_channel",
+          "residual_norm_, call_.statistics);\n    }\n    const auto each_channel", f"{DOUBLE}|cpu and relu"),
+    Fault("a layer with hooks computed with another", "vgkern/nn/double_batch_norm.py",
+          "        and not _is_watched(layer)\n", "", f"{DOUBLE}|stays_two"),
+    Fault("a shared statistic that waits", FUSION + "plan.py",
+          "if any(type(m.module) is nn.SyncBatchNorm for m in (taken, match)):", "if False:",
+          f"{DOUBLE}|watched_or_shared"),
     # -- Triton: norms of lists
     Fault("neighbours before a tensor counted", NORMS,
           "mask=(place >= lead) & (place < end), other=0.0", "mask=place < end, other=0.0", GRADIENTS),
@@ -210,8 +229,8 @@ FAULTS = [
           "norm = (sums[-1:] -", "norm = (scaled_dz_squares -", SYNC),
     Fault("a mean over the process alone", "vgkern/synchronised.py", "/ count.clamp(min=1)\n    rstd",
           "/ local[0].clamp(min=1)\n    rstd", SYNC),
-    Fault("x̂ without the part of dγ", CPU, "dweight_[c] = call_.mean_gradients[channels_ + c] * count_;",
-          "dweight_[c] = 0.0;", SYNC),
+    Fault("x̂ without the part of dγ", CPU, "dweight[c] = call_.mean_gradients[channels_ + c] * count_;",
+          "dweight[c] = 0.0;", SYNC),
     Fault("the activation of a converted layer", "vgkern/batch_norms.py",
           "        new.__dict__.clear()\n", "        pass\n", SYNC),
     # -- Python
@@ -253,11 +272,11 @@ FAULTS = [
     Fault("a path of zero gradient between branches is an illness", "vgkern/gradients/findings.py",
           "float(np.nanmax(gradient[:ends]))", "float(np.nanmin(gradient))", "tests/test_doctor.py|healthy"),
     # -- C++
-    Fault("biased running variance, C++", CPU, "var * (count_ / (count_ - 1.0))", "var", CPU_KERNELS),
+    Fault("biased running variance, C++", CPU, "var * (count / (count - 1.0))", "var", CPU_KERNELS),
     Fault("the first slice skipped", CPU, "for (int64_t slice = 0; slice < grid_.slices(); ++slice) {",
           "for (int64_t slice = grid_.slices() > 1; slice < grid_.slices(); ++slice) {", CPU_KERNELS),
-    Fault("no dβ/m in dx, C++", CPU, "-input_scale_[channel] * dbias_[channel] / count_ - mean_rest_",
-          "-mean_rest_", CPU_GRID),
+    Fault("no dβ/m in dx, C++", CPU, "-scale * dbias_[channel] / count_ - input.mean_rest",
+          "-input.mean_rest", CPU_GRID),
     Fault("the wrong sign of κ", CPU, "(2.0 - kappa) * dweight", "(2.0 + kappa) * dweight", CPU_KERNELS),
     Fault("groups and slices swapped", CPU, "step.slices(unit % groups, unit / groups, nullptr)",
           "step.slices(unit / groups, unit % groups, nullptr)", CPU_KERNELS),
@@ -266,8 +285,8 @@ FAULTS = [
     Fault("one slope's gradient of one channel", CPU, "    if (shared) gradient[0] = add_up(kActivationDweight);\n", "",
           CPU_KERNELS),
     Fault("bfloat16's exponent a bit short", CPU, "uint16_t{}, 0xff << 7", "uint16_t{}, 0x7f << 8", CPU_KERNELS),
-    Fault("a mean of one part, C++", CPU, "set_shift(channel, bias_[channel] - rest * scale)",
-          "set_shift(channel, bias_[channel])", CPU_GRID),
+    Fault("a mean of one part, C++", CPU, "set_shift(norm, channel, norm.bias[channel] - rest * scale)",
+          "set_shift(norm, channel, norm.bias[channel])", CPU_GRID),
     Fault("chunks of another scale merged unraised", CPU_NORMS, "std::pow(part->scale / whole.scale, p)",
           "part->scale / whole.scale", CPU_GRADIENTS),
     Fault("a tensor's last chunk given to the next", CPU_NORMS,

@@ -17,6 +17,8 @@ from common import bits
 import vgkern
 
 BN, ADD, RELU = "batch norm", "residual", "relu"
+#: Of a shortcut with a projection: the batch norm that takes the other with it, and that other.
+TAKES, WAITS = "residual's batch norm", (BN, "with the one that it is added to")
 LEAKY = "leaky_relu(negative_slope=0.2)"
 KINDS = ("output", "gradient", "buffer")
 
@@ -24,29 +26,29 @@ KINDS = ("output", "gradient", "buffer")
 TABLE = {
     "resnet18": (
         lambda: resnets.resnet18(8, num_classes=10), (16, 3, 32, 32),
-        {(BN, RELU): 9, (BN, ADD, RELU): 8, (BN,): 3},
+        {(BN, RELU): 9, (BN, ADD, RELU): 5, (BN, TAKES, RELU): 3, WAITS: 3},
     ),
     "resnet50": (
         lambda: resnets.resnet50(8, num_classes=10), (16, 3, 32, 32),
-        {(BN, RELU): 33, (BN, ADD, RELU): 16, (BN,): 4},
+        {(BN, RELU): 33, (BN, ADD, RELU): 12, (BN, TAKES, RELU): 4, WAITS: 4},
     ),
     "resnext50": (
         lambda: resnets.resnext50_32x4d(16, groups=8, num_classes=10), (16, 3, 32, 32),
-        {(BN, RELU): 33, (BN, ADD, RELU): 16, (BN,): 4},
+        {(BN, RELU): 33, (BN, ADD, RELU): 12, (BN, TAKES, RELU): 4, WAITS: 4},
     ),
     "wide_resnet50_2": (
         lambda: resnets.wide_resnet50_2(4, num_classes=10), (16, 3, 32, 32),
-        {(BN, RELU): 33, (BN, ADD, RELU): 16, (BN,): 4},
+        {(BN, RELU): 33, (BN, ADD, RELU): 12, (BN, TAKES, RELU): 4, WAITS: 4},
     ),
     "preact_resnet18": (lambda: resnets.PreActResNet(width=8), (16, 3, 16, 16), {(BN, RELU): 17}),
     # bn1 of each block is followed by a convolution, bn3 by a sum; the last two by neither.
     "iresnet18": (
         lambda: resnets.IResNet(width=8, num_features=16, size=32), (16, 3, 32, 32),
-        {(BN,): 8 + 4 + 2, (BN, "prelu"): 9, (BN, ADD): 8},
+        {(BN,): 8 + 2, (BN, "prelu"): 9, (BN, ADD): 4, (BN, TAKES): 4, WAITS: 4},
     ),
     "r3d_18": (
         lambda: resnets.VideoResNet(width=4, num_classes=10), (2, 3, 8, 24, 24),
-        {(BN, RELU): 9, (BN, ADD, RELU): 8, (BN,): 3},
+        {(BN, RELU): 9, (BN, ADD, RELU): 5, (BN, TAKES, RELU): 3, WAITS: 3},
     ),
     "mobilenet_v2": (
         lambda: mobile.MobileNetV2(divide=8, num_classes=10), (16, 3, 32, 32),
@@ -63,11 +65,11 @@ TABLE = {
     ),
     "regnet_x": (
         lambda: mobile.RegNet(widths=(8, 16, 24, 32), group_width=8, num_classes=10), (16, 3, 32, 32),
-        {(BN, RELU): 45, (BN, ADD, RELU): 22, (BN,): 4},
+        {(BN, RELU): 45, (BN, ADD, RELU): 18, (BN, TAKES, RELU): 4, WAITS: 4},
     ),
     "regnet_y": (
         lambda: mobile.RegNet((8, 16, 24, 32), (1, 1, 2, 2), 8, 0.25, num_classes=10), (16, 3, 32, 32),
-        {(BN, RELU): 13, (BN, ADD, RELU): 6, (BN,): 4},
+        {(BN, RELU): 13, (BN, ADD, RELU): 2, (BN, TAKES, RELU): 4, WAITS: 4},
     ),
     "shufflenet_v2": (
         lambda: mobile.ShuffleNetV2((8, 16, 24, 32, 48), num_classes=10), (16, 3, 48, 48),

@@ -21,8 +21,8 @@ import torch
 import triton
 import triton.language as tl
 import triton_problems
-from triton_problems import DEVICE, INF, Problem, assert_close, bits
-from vgkern.kernels import activations, batch_norm, launching, tuning
+from triton_problems import DEVICE, INF, DoubleProblem, Problem, assert_close, bits
+from vgkern.kernels import activations, batch_norm, double_batch_norm, launching, tuning
 
 from vgkern import ops
 from vgkern.backends import reference
@@ -302,7 +302,7 @@ def test_halves_are_rounded_to_nearest_even():
 
 
 def test_no_atomics_and_no_import_of_the_package():
-    for module in (activations, batch_norm, tuning):
+    for module in (activations, batch_norm, double_batch_norm, tuning):
         source = inspect.getsource(module)
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Attribute):
@@ -353,6 +353,13 @@ COMPACT = [
 ]
 
 
+DOUBLE = [
+    {"shape": (32, 3, 3136)},
+    {"shape": (6, 40, 10), "layout": "rows", "activation": "gelu", "dtype": torch.bfloat16},
+    {"shape": (20, 40, 49), "mode": "running", "activation": "prelu", "dtype": torch.float64},
+]
+
+
 def _everything():
     """Each activation in every dtype and mode; channels that fit a program, and channels that do not."""
     for activation, dtype in itertools.product(activations.TABLE, ops.FLOATING_DTYPES):
@@ -381,7 +388,7 @@ def test_kernels_compile_for(target, which, tmp_path):
     )
     assert result.returncode == 0, result.stderr[-4000:]
     names = {line.split()[0] for line in result.stdout.splitlines()}
-    assert names == {name for name in vars(batch_norm) if name.endswith("_kernel")}
+    assert names == {*batch_norm.TENSORS, *double_batch_norm.TENSORS}
 
 
 def _compile(target: str, which: str) -> None:
@@ -418,6 +425,9 @@ def _compile(target: str, which: str) -> None:
         _, statistics, mask, *_ = problem.run()
         if problem.training:
             problem.input_gradient(statistics, mask)
+    doubles = DOUBLE if which == "compact" else (given for given in _everything() if given.get("mode") != "none")
+    for given in doubles:
+        DoubleProblem(**{k: v for k, v in given.items() if k not in ("residual", "bounds")}).run()
 
 
 if __name__ == "__main__":

@@ -90,6 +90,36 @@ class Problem:
         return y, statistics, mask, *self.backward(statistics, mask, implementation)
 
 
+class DoubleProblem(Problem):
+    """The same of ``act(batch_norm(x) + batch_norm(residual))``; there is no mode "none"."""
+
+    def __init__(self, shape=(6, 3, 34), layout="planes", mode="batch", *, wanted=(True,) * 9, **options):
+        super().__init__(shape, layout, mode, **options)
+        self.residual_weight, self.residual_bias = (t.flip(0) for t in (self.weight, self.bias))
+        self.residual_running = tuple(None if t is None else t.flip(0) for t in self.running)
+        self.eps = 1e-5, 1e-3
+        self.wanted = [*wanted[:6], wanted[6] and self.slope is not None, *wanted[7:]]
+
+    def forward_args(self):
+        return (
+            self.x, self.residual, self.weight, self.bias, *self.running, self.residual_weight, self.residual_bias,
+            *self.residual_running, self.slope, self.training, *self.eps, *self.activation, True,
+        )  # fmt: skip
+
+    def backward_args(self, statistics, mask):
+        return (
+            self.dy, self.x, self.residual, mask if mask.numel() else None, statistics, self.weight, self.bias,
+            self.residual_weight, self.residual_bias, self.slope, self.training, *self.eps, *self.activation,
+            self.wanted,
+        )  # fmt: skip
+
+    def forward(self, implementation=backend):
+        return implementation.double_batch_norm_act_forward(*self.forward_args())
+
+    def backward(self, statistics, mask, implementation=backend):
+        return implementation.double_batch_norm_act_backward(*self.backward_args(statistics, mask))
+
+
 def assert_close(ours, theirs, rtol=2e-5, atol=2e-6):
     for got, wanted in zip(ours, theirs, strict=True):
         assert got.shape == wanted.shape

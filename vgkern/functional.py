@@ -1,4 +1,4 @@
-"""Autograd over the operators: ``batch_norm_act`` and ``add_act``.
+"""Autograd over the operators: ``batch_norm_act``, ``add_act`` and, by :mod:`vgkern.double_batch_norm`, its double.
 
 The backward pass hands the gradient record (``vgkern.gradients.record``) out as the "gradient" of a probe, an input
 that the forward pass ignores. Nothing is stored on the side, so ``torch.compile``, checkpointing and gradient
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import activations, backends, ops, synchronised
+from . import activations, backends, double_batch_norm, ops, synchronised
 from .activations import ActivationSpec
 from .backends import reference
 
-__all__ = ["add_act", "batch_norm_act"]
+__all__ = ["add_act", "batch_norm_act", "double_batch_norm_act"]
 
 Bounds = tuple[float | None, float | None]
 
@@ -256,12 +256,42 @@ def apply(
             input, residual, weight, bias, running_mean, running_var, activation_weight,
             training, eps, spec.name, spec.args, False,
         )  # fmt: skip
-    if spec.name in _AUTOCAST:
-        device_type = input.device.type
-        dtypes = _AUTOCAST[spec.name]
-        if device_type in dtypes and torch.is_autocast_enabled(device_type) and y.dtype != torch.float64:
-            y = y.to(dtypes[device_type] or torch.get_autocast_dtype(device_type))
-    return y, statistics
+    return _autocast(y, spec), statistics
+
+
+def apply_double(
+    input: Tensor,
+    residual: Tensor,
+    norm: double_batch_norm.Norm,
+    residual_norm: double_batch_norm.Norm,
+    activation_weight: Tensor | None,
+    probes: tuple[Tensor | None, Tensor | None],
+    training: bool,
+    spec: ActivationSpec,
+    direct: bool,
+) -> tuple[Tensor, Tensor]:
+    """(output, statistics), (2, 3, C), of arguments that are checked; as :func:`apply`."""
+    if residual.dtype != input.dtype:
+        dtype = torch.promote_types(input.dtype, residual.dtype)
+        input, residual = input.to(dtype), residual.to(dtype)
+        norm, residual_norm = norm.to(dtype), residual_norm.to(dtype)
+        activation_weight = None if activation_weight is None else activation_weight.to(dtype)
+    memory_format = _memory_format(input)
+    input, residual = (t.contiguous(memory_format=memory_format) for t in (input, residual))
+    y, statistics = double_batch_norm.apply(
+        input, residual, norm, residual_norm, activation_weight, probes, training, spec, memory_format, direct
+    )
+    return _autocast(y, spec), statistics
+
+
+def _autocast(y: Tensor, spec: ActivationSpec) -> Tensor:
+    if spec.name not in _AUTOCAST:
+        return y
+    device_type = y.device.type
+    dtypes = _AUTOCAST[spec.name]
+    if device_type in dtypes and torch.is_autocast_enabled(device_type) and y.dtype != torch.float64:
+        y = y.to(dtypes[device_type] or torch.get_autocast_dtype(device_type))
+    return y
 
 
 # The activations that stand in one of autocast's lists: on which devices, and the dtype that they get there; None for
@@ -344,6 +374,73 @@ def batch_norm_act(
     )  # fmt: skip
     if training and running_mean is not None and running_var is not None and input.numel() > 0:
         update_running_statistics(running_mean, running_var, None, statistics, momentum, direct)
+    return y
+
+
+def double_batch_norm_act(
+    input: Tensor,
+    residual: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual_running_mean: Tensor | None,
+    residual_running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual_weight: Tensor | None = None,
+    residual_bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual_momentum: float = 0.1,
+    residual_eps: float = 1e-5,
+    *,
+    activation: str | nn.Module | None = "relu",
+    activation_args: Mapping[str, Any] | None = None,
+    activation_weight: Tensor | None = None,
+) -> Tensor:
+    r"""``act(batch_norm(input) + batch_norm(residual))`` in one fused operation: a shortcut with a projection.
+
+    .. math:: y = \varphi\left(\gamma_1\,\hat x + \beta_1 + \gamma_2\,\hat r + \beta_2\right)
+
+    Args:
+        input, residual: (N, C, \*), of one shape and device; float32, float64, bfloat16 or float16.
+        running_mean, running_var, weight, bias, momentum, eps: of the batch norm of ``input``, as
+            :func:`batch_norm_act` takes them.
+        residual_running_mean, residual_running_var, residual_weight, residual_bias, residual_momentum, residual_eps:
+            of the batch norm of ``residual``.
+        training: normalise both by the statistics of this batch.
+        activation, activation_args, activation_weight: as :func:`batch_norm_act`.
+
+    Returns:
+        Of input's shape and memory format; the dtype of the sum.
+
+    Raises:
+        ValueError, RuntimeError, IndexError, NotImplementedError, TypeError: as :func:`batch_norm_act`, of either.
+
+    Example:
+        >>> import torch, vgkern
+        >>> x, r = torch.randn(2, 8, 3, 4, 4)
+        >>> y = vgkern.functional.double_batch_norm_act(x, r, None, None, None, None, training=True)
+        >>> y.shape, bool((y >= 0).all())
+        (torch.Size([8, 3, 4, 4]), True)
+
+    Source: Ioffe & Szegedy 2015, arXiv 1502.03167; He et al. 2016, arXiv 1512.03385, for the projection.
+    """
+    spec = activations.resolve(activation, activation_args)
+    if isinstance(activation, nn.PReLU) and activation_weight is None:
+        activation_weight = activation.weight
+    norm = double_batch_norm.Norm(weight, bias, running_mean, running_var, momentum, eps)
+    residual_norm = double_batch_norm.Norm(
+        residual_weight, residual_bias, residual_running_mean, residual_running_var, residual_momentum, residual_eps
+    )
+    direct = double_batch_norm.check(input, residual, spec, activation_weight, norm, residual_norm, training)
+    y, statistics = apply_double(
+        input, residual, norm, residual_norm, activation_weight, (None, None), training, spec, direct
+    )
+    if training and input.numel() > 0:
+        for given, measured in zip((norm, residual_norm), statistics, strict=True):
+            if given.running_mean is not None and given.running_var is not None:
+                update_running_statistics(given.running_mean, given.running_var, None, measured, given.momentum, direct)
     return y
 
 

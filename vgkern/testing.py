@@ -18,6 +18,7 @@ from torch import Tensor
 from . import nn as fused
 from .gradients.record import GradStats
 from .nn.batch_norm_act import _BatchNormAct
+from .nn.double_batch_norm import add_held, hold_batch_norm
 
 __all__ = ["Row", "assert_matches_autograd", "compare"]
 
@@ -129,6 +130,7 @@ def _pre_activation_torch(layer: Layer, x: Tensor, residual: Tensor | None, stat
 
 _PARAMETERS = ("weight", "bias", "activation_weight")
 _BUFFERS = ("running_mean", "running_var")
+_SHORTCUT = "residual_"  # before the names of what is the residual's batch norm's
 
 
 def _detached(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
@@ -139,16 +141,24 @@ def _detached(t: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | No
 class _Twin:
     """The layer's computation by plain PyTorch operations: the judge in float64, or PyTorch in the layer's dtype."""
 
-    def __init__(self, layer: Layer, x: Tensor, residual: Tensor | None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, layer: Layer, x: Tensor, residual: Tensor | None, shortcut: _BatchNormAct | None,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         self.x: Any = _detached(x, dtype)
         self.residual: Any = _detached(residual, dtype)
-        self.state: dict[str, Any] = {
-            name: _detached(getattr(layer, name, None), dtype) for name in (*_PARAMETERS, *_BUFFERS)
+        self.states: dict[str, dict[str, Any]] = {
+            prefix: {name: _detached(getattr(of, name, None), dtype) for name in (*_PARAMETERS, *_BUFFERS)}
+            for prefix, of in (("", layer), (_SHORTCUT, shortcut))
         }
-        leaves = (self.x, self.residual, *(self.state[name] for name in _PARAMETERS))
-        self.leaves = [leaf.requires_grad_() for leaf in leaves if leaf is not None]
+        self.state, residual_state = self.states.values()
+        parameters = (state[name] for state in self.states.values() for name in _PARAMETERS)
+        self.leaves = [leaf.requires_grad_() for leaf in (self.x, self.residual, *parameters) if leaf is not None]
         pre_activation: Any = _pre_activation_float64 if dtype == torch.float64 else _pre_activation_torch
-        self.z = pre_activation(layer, self.x, self.residual, self.state)
+        added = self.residual
+        if shortcut is not None:
+            added = pre_activation(shortcut, added, None, residual_state)
+        self.z = pre_activation(layer, self.x, added, self.state)
         self.y = _activate(layer, self.z, self.state["activation_weight"])
 
     def results(self, dy: Tensor) -> dict[str, Tensor]:
@@ -156,30 +166,37 @@ class _Twin:
         named = {"output": self.y, "grad_input": self.x.grad}
         if self.residual is not None:
             named["grad_residual"] = self.residual.grad
-        named |= {f"grad_{name}": self.state[name].grad for name in _PARAMETERS if self.state[name] is not None}
-        named |= {name: self.state[name] for name in _BUFFERS if self.state[name] is not None}
+        for prefix, state in self.states.items():
+            named |= {f"grad_{prefix}{name}": state[name].grad for name in _PARAMETERS if state[name] is not None}
+            named |= {f"{prefix}{name}": state[name] for name in _BUFFERS if state[name] is not None}
         return {name: tensor.detach() for name, tensor in named.items()}
 
 
 def _fused_results(
-    layer: Layer, x: Tensor, residual: Tensor | None, dy: Tensor
-) -> tuple[dict[str, Tensor], GradStats | None]:
-    layer = copy.deepcopy(layer).requires_grad_()
-    layer.reset_grad_stats()
-    layer.zero_grad()
+    layer: Layer, x: Tensor, residual: Tensor | None, shortcut: _BatchNormAct | None, dy: Tensor
+) -> tuple[dict[str, Tensor], dict[str, GradStats | None]]:
+    layer, shortcut = copy.deepcopy((layer, shortcut))
+    layers: dict[str, Any] = {"": layer} if shortcut is None else {"": layer, _SHORTCUT: shortcut}
+    for of in layers.values():
+        of.requires_grad_().reset_grad_stats()
+        of.zero_grad()
     # Not cloned: the strides that the caller gave, views and gaps included, are part of what is checked.
     x = x.detach().requires_grad_()
     residual = None if residual is None else residual.detach().requires_grad_()
-    y = layer(x, residual)
+    if shortcut is None or residual is None:
+        y = layer(x, residual)
+    else:
+        y = add_held(layer, x, hold_batch_norm(shortcut, residual))
     y.backward(dy.to(y.dtype))
     named = {"output": y, "grad_input": x.grad}
     if residual is not None:
         named["grad_residual"] = residual.grad
-    for name in _PARAMETERS:
-        if getattr(layer, name, None) is not None:
-            named[f"grad_{name}"] = getattr(layer, name).grad
-    named |= {name: getattr(layer, name) for name in _BUFFERS if getattr(layer, name, None) is not None}
-    return {name: tensor.detach() for name, tensor in named.items()}, layer.grad_stats()
+    for prefix, of in layers.items():
+        there = {name for name in (*_PARAMETERS, *_BUFFERS) if getattr(of, name, None) is not None}
+        named |= {f"grad_{prefix}{name}": getattr(of, name).grad for name in _PARAMETERS if name in there}
+        named |= {f"{prefix}{name}": getattr(of, name) for name in _BUFFERS if name in there}
+    stats = {prefix: of.grad_stats() for prefix, of in layers.items()}
+    return {name: tensor.detach() for name, tensor in named.items()}, stats
 
 
 def _near_kink(layer: Layer, z: Tensor, dtype: torch.dtype) -> Tensor:
@@ -195,7 +212,12 @@ def _near_kink(layer: Layer, z: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def compare(
-    layer: Layer, input: Tensor, residual: Tensor | None = None, grad_output: Tensor | None = None
+    layer: Layer,
+    input: Tensor,
+    residual: Tensor | None = None,
+    grad_output: Tensor | None = None,
+    *,
+    shortcut: _BatchNormAct | None = None,
 ) -> list[Row]:
     """Judge a fused layer on one input: output, every gradient, running statistics and the gradient record.
 
@@ -207,12 +229,15 @@ def compare(
         grad_output: the gradient that arrives; by default random normal numbers, 0 where z lies so near a kink of the
             activation that rounding decides on which side.
 
+        shortcut: the residual's own batch norm, without activation; both are then one operation, and rows that begin
+            with ``residual_`` are this one's.
+
     Returns:
         A row a tensor, each with the error against float64 autograd and PyTorch's own error in the same dtype.
     """
     if getattr(layer, "grad_norm_bounds", None) is not None:
         raise ValueError("layer: grad_norm_bounds changes the gradient on purpose; compare a layer without them")
-    judge = _Twin(layer, input, residual, torch.float64)
+    judge = _Twin(layer, input, residual, shortcut, torch.float64)
     ours_dtype = input.dtype if residual is None else torch.promote_types(input.dtype, residual.dtype)
     near = _near_kink(layer, judge.z.detach(), ours_dtype)
     if grad_output is None:
@@ -221,8 +246,8 @@ def compare(
         grad_output = torch.empty_like(judge.y, dtype=ours_dtype).copy_(grad_output).masked_fill_(near, 0.0)
     derivative = _derivative(layer, judge)
     expected = judge.results(grad_output)
-    plain = _Twin(layer, input, residual).results(grad_output)
-    got, stats = _fused_results(layer, input, residual, grad_output)
+    plain = _Twin(layer, input, residual, shortcut).results(grad_output)
+    got, stats = _fused_results(layer, input, residual, shortcut, grad_output)
 
     rows = []
     for name, reference in expected.items():
@@ -230,21 +255,27 @@ def compare(
         error = _max_error(got[name], reference)
         torch_error = _max_error(plain[name], reference)
         rows.append(Row(name, error, torch_error, allowed, error <= torch_error + allowed))
-    if stats is not None:
+    dz = derivative * grad_output.double()
+    arrives = {"": ("grad_input", grad_output), _SHORTCUT: ("grad_residual", dz)}
+    for prefix, record in stats.items():
+        if record is None:
+            continue
+        handed_on, dy = arrives[prefix]
         norms = {
-            "grad_output_norm": grad_output,
-            "grad_preact_norm": derivative * grad_output.double(),
-            "grad_input_norm": expected["grad_input"],
-            "grad_weight_norm": expected.get("grad_weight"),
-            "grad_bias_norm": expected.get("grad_bias"),
+            "grad_output_norm": dy,
+            "grad_preact_norm": dz,
+            "grad_input_norm": expected[handed_on],
+            "grad_weight_norm": expected.get(f"grad_{prefix}weight"),
+            "grad_bias_norm": expected.get(f"grad_{prefix}bias"),
         }
         for name, tensor in norms.items():
             norm = 0.0 if tensor is None else tensor.double().norm().item()
-            error = abs(getattr(stats, name) - norm) / (norm or 1.0)
-            rows.append(Row(f"record.{name}", error, 0.0, RECORD_TOLERANCE, error <= RECORD_TOLERANCE))
+            error = abs(getattr(record, name) - norm) / (norm or 1.0)
+            rows.append(Row(f"{prefix}record.{name}", error, 0.0, RECORD_TOLERANCE, error <= RECORD_TOLERANCE))
+    if (record := stats[""]) is not None:
         # In float32 the tails of a smooth activation are flat a little earlier than in float64.
         unsure = near | ((derivative != 0) & (derivative.abs() < SATURATED))
-        error = abs(stats.dead_fraction - (derivative == 0).double().mean().item())
+        error = abs(record.dead_fraction - (derivative == 0).double().mean().item())
         allowed = unsure.double().mean().item() + 0.5 / max(unsure.numel(), 1)
         rows.append(Row("record.dead_fraction", error, 0.0, allowed, error <= allowed))
     return rows

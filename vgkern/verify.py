@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class Case:
         parameters: dtype of the parameters; None for the input's.
         activation_args: as the layer's.
         mean: of the input; its standard deviation is 1.
-        layer: ``"batch_norm_act"`` or ``"add_act"``.
+        layer: ``"batch_norm_act"``, ``"add_act"``, or ``"double_batch_norm_act"``: the residual has a batch norm too.
     """
 
     activation: str = "relu"
@@ -67,7 +67,9 @@ class Case:
     def check(self, backend: str) -> list[Row]:
         """Run the case and judge it."""
         with backends.use(backend):
-            return compare(*self.make())
+            layer, x, residual = self.make()
+            shortcut = self._shortcut() if self.layer == "double_batch_norm_act" else None
+            return compare(layer, x, residual, shortcut=shortcut)
 
     def assert_passes(self, backend: str) -> None:
         """Run the case; raises AssertionError with its rows if it fails."""
@@ -115,6 +117,16 @@ class Case:
             residual = normal(*self.shape).to(device, dtype).contiguous(memory_format=memory_format)
         return layer, x, residual
 
+    def _shortcut(self) -> Any:
+        """The batch norm of the residual: with parameters, statistics, ε and momentum of its own."""
+        other = replace(self, activation="identity", activation_args=(), mean=0.0, layer="batch_norm_act")
+        shortcut, _, _ = other.make()
+        shortcut.eps, shortcut.momentum = 1e-3, 0.3
+        for name, tensor in shortcut.state_dict().items():
+            if tensor.dim():
+                tensor.copy_(tensor.flip(0) + (0.25 if name == "running_var" else 0.0))
+        return shortcut
+
     def __str__(self) -> str:
         default = Case()
         given = ", ".join(f"{k}={v!r}" for k, v in self.__dict__.items() if v != getattr(default, k))
@@ -135,8 +147,12 @@ def cases(names: Sequence[str], *, full: bool) -> Iterator[Case]:
     for activation, dtype in itertools.product(names, ("float32", "bfloat16")):
         yield Case(activation, dtype, layer="add_act")
         yield Case(activation, dtype, residual=False, layer="add_act")
+    for activation in names:
+        yield Case(activation, "float32", layer="double_batch_norm_act")
     if not full:
         return
+    for activation, dtype, layout, training in itertools.product(names, DTYPES, LAYOUTS, (True, False)):
+        yield Case(activation, dtype, layout, training, layer="double_batch_norm_act")
     for activation, shape, dtype, training in itertools.product(
         names, _MORE_SHAPES, ("float32", "bfloat16"), (True, False)
     ):
@@ -182,7 +198,7 @@ class CaseResult:
     @property
     def worst(self) -> float:
         """The largest error beyond PyTorch's, as a share of what is allowed; at most 1 where all is well."""
-        return max((row.excess for row in self.rows if not row.name.startswith("record.")), default=float("inf"))
+        return max((row.excess for row in self.rows if "record." not in row.name), default=float("inf"))
 
     @property
     def reproduce(self) -> str:

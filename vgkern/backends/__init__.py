@@ -2,8 +2,9 @@
 
 A backend is a module with ``batch_norm_act_forward`` and ``batch_norm_act_backward`` (the signatures of ``vgkern.ops``;
 what is not made or not wanted is an empty tensor or None), ``batch_norm_moments`` and ``batch_norm_act_input_gradient``
-(the same), ``unavailable() -> str | None`` (why this process cannot use
-it), ``refuses(x) -> str | None`` (why it cannot take this tensor), and
+(the same), ``double_batch_norm_act_forward`` and ``double_batch_norm_act_backward`` (of ``vgkern.double_ops``),
+``unavailable() -> str | None`` (why this process cannot use it), ``refuses(x) -> str | None`` (why it cannot take this
+tensor), and
 
 * ``update_running_statistics(running_mean, running_var, num_batches_tracked, statistics, momentum) -> None``, in place:
   ``running ← (1 − momentum)·running + momentum·batch`` with the unbiased variance, and ``num_batches_tracked``, which

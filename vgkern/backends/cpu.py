@@ -104,6 +104,55 @@ def batch_norm_act_backward(
     return dx, dresidual, dweight, dbias, dactivation_weight, record
 
 
+def double_batch_norm_act_forward(
+    x, residual, weight, bias, running_mean, running_var, residual_weight, residual_bias, residual_running_mean,
+    residual_running_var, activation_weight, training, eps, residual_eps, activation, activation_args, save_mask,
+):  # fmt: skip
+    """3 units where a channel of x and residual stays in cache: reads both, writes y (and the mask); 5 else."""
+    y = memory.empty_like(x)
+    statistics = torch.empty(2, 3, x.shape[1], dtype=torch.float64, device=_CPU)
+    mask = None
+    if save_mask and ops.needs_mask(activation, True):
+        mask = torch.empty(*_C.mask_shape(x), dtype=torch.uint8, device=_CPU)
+    shortcut = (residual, residual_eps, residual_weight, residual_bias, residual_running_mean, residual_running_var)
+    _C.batch_norm_act_forward(
+        x, shortcut, weight, bias, activation_weight, training, eps, _ACTIVATION[activation], activation_args,
+        torch.get_num_threads(), running_mean, running_var, y, statistics, mask,
+    )  # fmt: skip
+    return y, statistics, mask
+
+
+def double_batch_norm_act_backward(
+    dy, x, residual, mask, statistics, weight, bias, residual_weight, residual_bias, activation_weight,
+    training, eps, residual_eps, activation, activation_args, output_mask,
+):  # fmt: skip
+    """5 units where a channel stays in cache: reads dy, x, residual (and the mask), writes dx and dresidual; 8 else."""
+    want_dx, want_dresidual, *want_parameters, want_dactivation_weight, want_record, want_residual_record = output_mask
+    both = training and (want_dx or want_dresidual)  # the pass that writes one writes the other
+    dx = memory.empty_like(x) if want_dx or both else None
+    dresidual = memory.empty_like(x) if want_dresidual or both else None
+    dweight, dbias, dresidual_weight, dresidual_bias = (
+        torch.empty_like(parameter) if wanted else None
+        for parameter, wanted in zip((weight, bias, residual_weight, residual_bias), want_parameters, strict=True)
+    )
+    dactivation_weight = torch.empty_like(activation_weight) if want_dactivation_weight else None
+    record = torch.empty_like(_RECORD) if want_record else None
+    residual_record = torch.empty_like(_RECORD) if want_residual_record else None
+    shortcut = (
+        residual, residual_eps, residual_weight, residual_bias, None, None, dresidual_weight, dresidual_bias,
+        residual_record,
+    )  # fmt: skip
+    _C.batch_norm_act_backward(
+        x, shortcut, weight, bias, activation_weight, training, eps, _ACTIVATION[activation], activation_args,
+        torch.get_num_threads(), dy, mask, statistics, 0.0, math.inf, dx, dresidual, dweight, dbias,
+        dactivation_weight, record,
+    )  # fmt: skip
+    return (
+        dx if want_dx else None, dresidual if want_dresidual else None, dweight, dbias, dresidual_weight,
+        dresidual_bias, dactivation_weight, record, residual_record,
+    )  # fmt: skip
+
+
 def batch_norm_moments(x):
     """1 read of x; of float64, 2."""
     n, c, s = ops.geometry(x)

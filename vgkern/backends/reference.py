@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -179,12 +180,16 @@ def batch_norm_act_forward(
         statistics = torch.stack([mean, rstd, torch.full_like(mean, float("nan"))])
     _, z = _pre_activation(x, residual, weight, bias, mean, rstd)
     y = _activate(z, activation, activation_args, activation_weight)
-    mask = x.new_empty((0,), dtype=torch.uint8)
-    if save_mask and ops.needs_mask(activation, residual is not None):
-        on_of = TABLE[activation].on
-        assert on_of is not None, activation  # what "mask" in backward_reads means
-        mask = _pack(on_of(z, *activation_args), x)
-    return torch.empty_like(x).copy_(y), statistics, mask
+    wanted = save_mask and ops.needs_mask(activation, residual is not None)
+    return torch.empty_like(x).copy_(y), statistics, _mask_of(z, x, activation, activation_args, wanted)
+
+
+def _mask_of(z, x, activation, activation_args, wanted):
+    if not wanted:
+        return x.new_empty((0,), dtype=torch.uint8)
+    on_of = TABLE[activation].on
+    assert on_of is not None, activation  # what "mask" in backward_reads means
+    return _pack(on_of(z, *activation_args), x)
 
 
 def batch_norm_moments(x: Tensor) -> Tensor:
@@ -240,6 +245,75 @@ def batch_norm_act_backward(
         lambda: record,
     )
     return tuple(make() if wanted else x.new_empty((0,)) for make, wanted in zip(results, output_mask, strict=True))
+
+
+def _two_statistics(x, residual, running, training, eps, residual_eps):
+    """(mean, rstd, unbiased variance) of x and of the residual, each (C,)."""
+    if training:
+        return batch_statistics(x, eps), batch_statistics(residual, residual_eps)
+    running_mean, running_var, residual_running_mean, residual_running_var = running
+    pairs = (running_mean, running_var, eps), (residual_running_mean, residual_running_var, residual_eps)
+    return tuple(
+        (mean, rstd, torch.full_like(mean, float("nan"))) for mean, rstd in (running_statistics(*p) for p in pairs)
+    )
+
+
+def double_differentiate(
+    dy: Tensor, x: Tensor, residual: Tensor, mask: Tensor | None, statistics: Sequence[Sequence[Tensor]],
+    weight: Tensor | None, bias: Tensor | None, residual_weight: Tensor | None, residual_bias: Tensor | None,
+    activation_weight: Tensor | None, training: bool, activation: str, args: Sequence[float],
+) -> tuple[Any, ...]:  # fmt: skip
+    """As :func:`differentiate`, which it is twice: of x under the activation, and of the residual, at which dz arrives.
+
+    Returns:
+        (dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias, dactivation_weight, record, residual_record).
+    """
+    (mean, rstd, *_), (residual_mean, residual_rstd, *_) = statistics
+    _, normalised = _pre_activation(residual, None, residual_weight, residual_bias, residual_mean, residual_rstd)
+    dx, dz, dweight, dbias, dactivation_weight, record = differentiate(
+        dy, x, normalised, mask, mean, rstd, weight, bias, activation_weight, training, activation, args
+    )
+    dresidual, _, dresidual_weight, dresidual_bias, _, residual_record = differentiate(
+        dz, residual, None, None, residual_mean, residual_rstd, residual_weight, residual_bias, None, training,
+        "identity", (),
+    )  # fmt: skip
+    return (
+        dx, dresidual, dweight, dbias, dresidual_weight, dresidual_bias, dactivation_weight, record, residual_record
+    )  # fmt: skip
+
+
+def double_batch_norm_act_forward(
+    x, residual, weight, bias, running_mean, running_var, residual_weight, residual_bias, residual_running_mean,
+    residual_running_var, activation_weight, training, eps, residual_eps, activation, activation_args, save_mask,
+):  # fmt: skip
+    running = running_mean, running_var, residual_running_mean, residual_running_var
+    of_x, of_residual = _two_statistics(x, residual, running, training, eps, residual_eps)
+    _, normalised = _pre_activation(residual, None, residual_weight, residual_bias, *of_residual[:2])
+    _, z = _pre_activation(x, normalised, weight, bias, *of_x[:2])
+    y = torch.empty_like(x).copy_(_activate(z, activation, activation_args, activation_weight))
+    statistics = torch.stack([torch.stack(of_x), torch.stack(of_residual)])
+    return y, statistics, _mask_of(z, x, activation, activation_args, save_mask and ops.needs_mask(activation, True))
+
+
+def double_batch_norm_act_backward(
+    dy, x, residual, mask, statistics, weight, bias, residual_weight, residual_bias, activation_weight,
+    training, eps, residual_eps, activation, activation_args, output_mask,
+):  # fmt: skip
+    gradients = double_differentiate(
+        dy, x, residual, mask, statistics.unbind(), weight, bias, residual_weight, residual_bias, activation_weight,
+        training, activation, activation_args,
+    )  # fmt: skip
+    of_x, of_residual = (
+        next((p.dtype for p in given if p is not None), x.dtype)
+        for given in ((weight, bias), (residual_weight, residual_bias))
+    )
+    slope = None if activation_weight is None else activation_weight.dtype
+    dtypes = x.dtype, x.dtype, of_x, of_x, of_residual, of_residual, slope, None, None
+    return tuple(
+        (torch.empty_like(x).copy_(made) if made.shape == x.shape else made.to(dtype or made.dtype))
+        if wanted else x.new_empty((0,))
+        for made, dtype, wanted in zip(gradients, dtypes, output_mask, strict=True)
+    )  # fmt: skip
 
 
 def gradient_norms(

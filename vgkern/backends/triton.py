@@ -131,6 +131,80 @@ def batch_norm_act_backward(dy, x, *args):
     return results
 
 
+@functools.cache
+def _double_kernels() -> ModuleType:
+    from ..kernels import double_batch_norm
+
+    return double_batch_norm
+
+
+def double_forward_launches(
+    x, residual, weight, bias, running_mean, running_var, residual_weight, residual_bias, residual_running_mean,
+    residual_running_var, activation_weight, training, eps, residual_eps, activation, activation_args, save_mask,
+):  # fmt: skip
+    """(results, launches), as ``forward_launches``."""
+    y = torch.empty_like(x)
+    statistics = x.new_empty((2, 3, x.shape[1]), dtype=torch.float64)
+    mask = x.new_empty((0,), dtype=torch.uint8)
+    if save_mask and ops.needs_mask(activation, True):
+        outer, inner = ops.mask_geometry(x)
+        mask = mask.new_empty((outer, (inner + 7) // 8))
+    running = (running_mean, running_var), (residual_running_mean, residual_running_var)
+    of_x, of_residual = ((None, None), (None, None)) if training else running
+    launches = _double_kernels().forward_launches(
+        x, residual, weight, bias, *of_x, residual_weight, residual_bias, *of_residual, activation_weight, y,
+        statistics, _wanted(mask), shape=_shape(x, per_channel=True, has_mask=mask.numel() > 0),
+        eps=eps, residual_eps=residual_eps, activation=activation, activation_args=tuple(activation_args),
+    )  # fmt: skip
+    return (y, statistics, mask), launches
+
+
+def double_backward_launches(
+    dy, x, residual, mask, statistics, weight, bias, residual_weight, residual_bias, activation_weight,
+    training, eps, residual_eps, activation, activation_args, output_mask,
+):  # fmt: skip
+    """(results, launches), as ``backward_launches``."""
+
+    def parameter(*given):
+        return x.new_empty((x.shape[1],), dtype=next((p.dtype for p in given if p is not None), x.dtype))
+
+    def new_record():
+        return x.new_empty((len(ops.RECORD_FIELDS),), dtype=torch.float64)
+
+    makers = (
+        lambda: torch.empty_like(x),
+        lambda: torch.empty_like(x),
+        lambda: parameter(weight, bias),
+        lambda: parameter(weight, bias),
+        lambda: parameter(residual_weight, residual_bias),
+        lambda: parameter(residual_weight, residual_bias),
+        lambda: torch.empty_like(activation_weight),
+        new_record,
+        new_record,
+    )
+    outputs = [make() if wanted else None for make, wanted in zip(makers, output_mask, strict=True)]
+    launches = _double_kernels().backward_launches(
+        dy, x, residual, mask, statistics, weight, bias, residual_weight, residual_bias, activation_weight, *outputs,
+        shape=_shape(x, per_channel=True, has_mask=mask is not None), over_batch=training,
+        eps=eps, residual_eps=residual_eps, activation=activation, activation_args=tuple(activation_args),
+    )  # fmt: skip
+    return tuple(x.new_empty((0,)) if output is None else output for output in outputs), launches
+
+
+def double_batch_norm_act_forward(x, *args):
+    results, launches = double_forward_launches(x, *args)
+    _launching().launch(launches, x.device)
+    return results
+
+
+def double_batch_norm_act_backward(dy, x, *args):
+    if dy.stride() != x.stride():
+        dy = torch.empty_like(x).copy_(dy)  # the kernels walk both with one set of offsets
+    results, launches = double_backward_launches(dy, x, *args)
+    _launching().launch(launches, x.device)
+    return results
+
+
 def batch_norm_moments(x):
     sums, launches = _kernels().moments_launches(x, shape=_shape(x, per_channel=True, has_mask=False))
     _launching().launch(launches, x.device)

@@ -33,7 +33,10 @@ def apply(plan: Plan, root: nn.Module) -> None:
     changes = _Changes()
     passed, added = ({id(module) for module in modules} for modules in (plan.passed, plan.added))
     for match in plan.matches:
-        if match.add is not None:
+        if match.waits:
+            _rewrite_sum(match, changes)
+    for match in plan.matches:
+        if match.add is not None and not match.waits:
             _rewrite_sum(match, changes)
         if match.act is not None and id(match.act.module) not in passed:
             node = match.act.node
@@ -74,20 +77,25 @@ def _rewrite_sum(match: Match, changes: _Changes) -> None:
             changes.sequences.append((traced.module, str(node.target)))
             continue
         graph = changes.graph(traced)
-        if outermost:
+        residual: Any
+        if outermost and match.waits:
+            residual, place, replaced = runtime.WAIT, node, end
+        elif outermost:
             (residual,) = (argument for argument in arguments if argument is not end)
+            place = replaced = add
         else:
+            place = replaced = node
             with graph.inserting_after([n for n in graph.nodes if n.op == "placeholder"][-1]):
                 residual = graph.placeholder(RESIDUAL, default_value=None)
-        with graph.inserting_before(add if outermost else node):
+        with graph.inserting_before(place):
             if depth == 0:
                 layer = graph.get_attr(str(node.target))
                 fused = graph.call_function(runtime.add, (layer, node.args[0], residual))
             else:
                 fused = graph.call_module(str(node.target), node.args, {**node.kwargs, RESIDUAL: residual})
-        for old in [add, *reversed(match.passed), node] if outermost else [node]:
-            if old is add or not outermost:
-                old.replace_all_uses_with(fused)
+        replaced.replace_all_uses_with(fused)
+        passed = list(reversed(match.passed)) if outermost else []
+        for old in dict.fromkeys([replaced, *passed, node]):
             graph.erase_node(old)
 
 

@@ -51,7 +51,7 @@ def fold(model: nn.Module) -> nn.Module:
     twins.from_plain(folded)
     analysis = Analysis(folded)
     pairs = _pairs(analysis)  # before the graphs change
-    apply(make_plan(analysis), folded)
+    apply(make_plan(analysis, double=False), folded)  # of two that a sum needs, convolutions take both in
     for before, batch_norm in pairs:
         _take_in(before, batch_norm)
         _leave_out(batch_norm)

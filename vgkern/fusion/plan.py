@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 
@@ -59,6 +60,9 @@ class Match:
     in_place: bool = False
     act: Act | None = None
     guarded: bool = False  # the forward is replaced for the sake of the flags that it has settled
+    beside: fx.Node | None = None  # a sum in place of which it is the second operand
+    shortcut: Match | None = None  # the other operand of the sum, whose batch norm is computed together with this one
+    waits: bool = False  # it is the shortcut of another
 
     @property
     def trace(self) -> Trace:
@@ -67,7 +71,10 @@ class Match:
     @property
     def operations(self) -> tuple[str, ...]:
         """In words, for the report."""
-        return operations(True, self.add is not None, self.act)
+        if self.waits:
+            return ("batch norm", "with the one that it is added to")
+        named = operations(True, self.add is not None, self.act)
+        return named if self.shortcut is None else ("batch norm", "residual's batch norm", *named[2:])
 
     @property
     def prelu(self) -> nn.PReLU | None:
@@ -286,6 +293,7 @@ class Analysis:
                 return
             raise Refusal(reason)
         if in_place and user.args[0] is not end:
+            match.beside = user
             return  # it changes the other tensor, which somebody may see
         match.add, match.in_place = user, in_place
 
@@ -327,10 +335,9 @@ def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
     return nodes
 
 
-def _may_wait(analysis: Analysis, match: Match) -> bool:
+def _may_wait(analysis: Analysis, match: Match, add: fx.Node) -> bool:
     """Whether the fused call may stand where the sum stands, behind what is skipped."""
-    add, (traced, call) = match.add, match.path[-1]
-    assert add is not None
+    traced, call = match.path[-1]
     skipped = [node for node in _between(call, add) if node not in match.passed]
     if not skipped:
         return True
@@ -382,8 +389,8 @@ def _check_rewriting(match: Match, rewritten: list[Trace]) -> None:
                 raise Refusal(f"{type(traced.module).__name__}.{method} calls it as well")
 
 
-def make_plan(analysis: Analysis) -> Plan:
-    """Settle every batch norm of the model."""
+def make_plan(analysis: Analysis, *, double: bool = True) -> Plan:
+    """Settle every batch norm of the model; ``double``: two whose outputs are added may be one operation."""
     root = analysis.root
     left: dict[str, str] = {}
     matches: list[Match] = []
@@ -398,7 +405,7 @@ def make_plan(analysis: Analysis) -> Plan:
             matches.append(Match(module, []) if module is root and type(module) in FUSED else analysis.match(module))
         except Refusal as error:
             refuse(module, error)
-    _settle_sums(analysis, matches)
+    _settle_sums(analysis, matches, double)
 
     while True:
         passed = _passed_activations(analysis, matches)
@@ -416,33 +423,50 @@ def make_plan(analysis: Analysis) -> Plan:
     return Plan(matches, add_acts, left, analysis.names, passed, added)
 
 
-def _settle_sums(analysis: Analysis, matches: list[Match]) -> None:
-    """One batch norm for each sum. The other, in a shortcut with a projection, stands alone.
-
-    This is the place for an operation that takes both: ``act(bn1(x) + bn2(residual))``.
-    """
+def _settle_sums(analysis: Analysis, matches: list[Match], double: bool) -> None:
+    """One batch norm for each sum; the other, in a shortcut with a projection, goes with it or stands alone."""
     by_sum: dict[fx.Node, list[Match]] = defaultdict(list)
     for match in matches:
         if match.add is not None:
             by_sum[match.add].append(match)
-    for candidates in by_sum.values():
+    for add, candidates in by_sum.items():
         # In place, the sum's first operand. Else the one that is called in this very forward, or the later call.
         order = list(candidates[0].trace.graph.nodes)  # type: ignore[union-attr]
         candidates.sort(key=lambda m: (-len(m.path), order.index(m.path[-1][1])), reverse=True)
-        taken = next((match for match in candidates if _may_wait(analysis, match)), None)
+        taken = next((match for match in candidates if _may_wait(analysis, match, add)), None)
         for match in candidates:
             if match is not taken:
                 match.add, match.act, match.in_place = None, None, False
+        others = [match for match in candidates if match is not taken] + [m for m in matches if m.beside is add]
+        if double and taken is not None and len(others) == 1 and _may_be_double(analysis, taken, others[0], add):
+            (taken.shortcut,) = others
+            others[0].add, others[0].waits = add, True
+
+
+def _may_be_double(analysis: Analysis, taken: Match, match: Match, add: fx.Node) -> bool:
+    """Whether the batch norm of ``match`` may wait for that of ``taken``: ``act(bn1(x) + bn2(residual))``."""
+    if has_hooks(match.module):
+        return False
+    if any(type(m.module) is nn.SyncBatchNorm for m in (taken, match)):
+        return False  # statistics that processes share are gathered one batch norm at a time
+    try:
+        for m in (taken, match):
+            _check_rewriting_for_sum(m)
+    except Refusal:
+        return False
+    traced, call = match.path[0]
+    source: Any = call.args[0]
+    # What it waits with must stay what it is: the output of a convolution is nobody else's.
+    makes = traced.callee(source) if len(source.users) == 1 else None
+    is_private = isinstance(makes, (_ConvNd, nn.Linear)) and not has_hooks(makes)
+    return is_private or _may_wait(analysis, match, add)
 
 
 def _check_forwards(match: Match, matches: list[Match], passed: list[nn.Module]) -> None:
     rewritten = []
     match.guarded = False
     if match.add is not None:
-        rewritten = [traced for traced, _ in match.path]
-        if any(node.op == "placeholder" and str(node.target).startswith("*")
-               for traced in rewritten[:-1] for node in traced.graph.nodes):  # type: ignore[union-attr]  # fmt: skip
-            raise Refusal(f"the forward of {type(rewritten[0].module).__name__} takes any number of arguments")
+        _check_rewriting_for_sum(match)
     elif match.act is not None and not any(match.act.module is module for module in passed):
         if is_sequential(match.trace.module):
             raise Refusal("the activation that follows is shared with other places")
@@ -453,6 +477,14 @@ def _check_forwards(match: Match, matches: list[Match], passed: list[nn.Module])
             match.guarded = not is_sequential(match.trace.module)
     if rewritten:
         _check_rewriting(match, rewritten)
+
+
+def _check_rewriting_for_sum(match: Match) -> None:
+    rewritten = [traced for traced, _ in match.path]
+    if any(node.op == "placeholder" and str(node.target).startswith("*")
+           for traced in rewritten[:-1] for node in traced.graph.nodes):  # type: ignore[union-attr]  # fmt: skip
+        raise Refusal(f"the forward of {type(rewritten[0].module).__name__} takes any number of arguments")
+    _check_rewriting(match, rewritten)
 
 
 def _check_other_answers(match: Match, matches: list[Match]) -> None:

@@ -11,9 +11,13 @@ from torch import Tensor, fx, nn
 from .. import functional
 from ..activations import resolve
 from ..nn.batch_norm_act import _BatchNormAct
+from ..nn.double_batch_norm import Held, add_held, hold_batch_norm, released
 from ..nn.plain import activate
 
-__all__ = ["add", "add_act", "sequential", "unchanged"]
+__all__ = ["WAIT", "add", "add_act", "sequential", "unchanged"]
+
+#: In the place of a residual: the batch norm is another's shortcut, and waits for its sum.
+WAIT = "wait"
 
 _IDENTITY = resolve(None)
 
@@ -29,13 +33,22 @@ def _fits(x: Any, residual: Any) -> bool:
     )
 
 
-def add(layer: Any, x: Tensor, residual: Any) -> Tensor:
-    """``layer(x, residual)`` for a fused layer, where they fit; its three operations one by one where not."""
+def add(layer: Any, x: Tensor, residual: Any) -> Any:
+    """``layer(x, residual)`` for a fused layer, where they fit; its three operations one by one where not.
+
+    The residual may be a batch norm that waits (:mod:`vgkern.nn.double_batch_norm`), or the word for this one to wait.
+    """
     fusion = vars(layer).get("_fusion")
     if fusion is None:
         raise RuntimeError(f"the fused layer was replaced by {layer!r}; unfuse the model first, or fuse it anew")
     if residual is x and torch.compiler.is_compiling():
         residual = x.view_as(x)  # one tensor as two arguments of an autograd.Function is more than dynamo takes
+    if isinstance(residual, str) and not isinstance(x, fx.Proxy):
+        return hold_batch_norm(layer, x)
+    if isinstance(residual, Held):
+        if _fits(x, residual.input):
+            return add_held(layer, x, residual)
+        residual = released(residual)
     if residual is None or _fits(x, residual):
         return layer(x, residual)
     if isinstance(x, fx.Proxy):

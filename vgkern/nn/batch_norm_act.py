@@ -68,12 +68,7 @@ class _BatchNormAct(GradRecordMixin, ActivationMixin, _NormBase):
         if isinstance(input, Tensor) and input.dim() not in self._ranks:
             expected = " or ".join(f"{rank}D" for rank in self._ranks)
             raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
-        weight, bias, running_mean, running_var, num_batches_tracked = self._tensors()
-        training, tracked = self.training, self.track_running_stats
-        uses_batch = training or running_mean is None
-        # Statistics that are there but not tracked take no part in training (track_running_stats switched off later).
-        if running_mean is None or (training and not tracked):
-            running_mean = running_var = None
+        weight, bias, running_mean, running_var, counter, uses_batch = self._tensors_in_use()
         activation, activation_weight = self.activation, self.activation_weight
         momentum, group = self.momentum, self._group
         direct = ops.check_all(
@@ -86,14 +81,30 @@ class _BatchNormAct(GradRecordMixin, ActivationMixin, _NormBase):
             running_mean, running_var, uses_batch, self.eps, activation, self._bounds, direct, group,
         )  # fmt: skip
         # State changes last: whatever raises above leaves the layer as it was.
-        if training:
-            counter = num_batches_tracked if tracked else None
+        if self.training:
             has_elements = group is not None or input.numel() > 0
-            if running_mean is not None and running_var is not None and has_elements:
-                functional.update_running_statistics(running_mean, running_var, counter, statistics, momentum, direct)
-            elif counter is not None:
-                counter.add_(1)
+            self._count_batch(running_mean, running_var, counter, statistics if has_elements else None, direct)
         return y
+
+    def _tensors_in_use(self) -> tuple[Any, ...]:
+        """(weight, bias, running_mean, running_var, counter), and whether the batch's own statistics are in use."""
+        weight, bias, running_mean, running_var, num_batches_tracked = self._tensors()
+        training, tracked = self.training, self.track_running_stats
+        uses_batch = training or running_mean is None
+        # Statistics that are there but not tracked take no part in training (track_running_stats switched off later).
+        if running_mean is None or (training and not tracked):
+            running_mean = running_var = None
+        return weight, bias, running_mean, running_var, num_batches_tracked if tracked else None, uses_batch
+
+    def _count_batch(
+        self, running_mean: Tensor | None, running_var: Tensor | None, counter: Tensor | None,
+        statistics: Tensor | None, direct: bool,
+    ) -> None:  # fmt: skip
+        """The running statistics, if they are in use, after a batch in training of these; None if it had no element."""
+        if running_mean is not None and running_var is not None and statistics is not None:
+            functional.update_running_statistics(running_mean, running_var, counter, statistics, self.momentum, direct)
+        elif counter is not None:
+            counter.add_(1)
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         """(weight, bias, running_mean, running_var, num_batches_tracked)."""

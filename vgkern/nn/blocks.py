@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .add_act import AddAct
 from .batch_norm_act import BatchNormAct2d
+from .double_batch_norm import add_held, hold, released
 
 __all__ = ["BasicBlock", "Bottleneck", "DropPath", "PreActBasicBlock", "PreActBottleneck"]
 
@@ -144,14 +145,15 @@ class _PostActivationBlock(_Block):
     preactivation = False
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
+        # The batch norm of a projection may wait for the sum.
+        shortcut: Any = x if self.downsample is None else hold(self.downsample, x)
         *layers, (conv, norm) = self._layers()
         y = x
         for inner_conv, inner_norm in layers:
             y = inner_norm(inner_conv(y))
         if self.drop_path is not None and self.add_act is not None:
-            return self.add_act(self.drop_path(norm(conv(y))), shortcut)
-        return norm(conv(y), shortcut) if self.has_shortcut else norm(conv(y))
+            return self.add_act(self.drop_path(norm(conv(y))), released(shortcut))
+        return add_held(norm, conv(y), shortcut) if self.has_shortcut else norm(conv(y))
 
 
 class _PreActivationBlock(_Block):
