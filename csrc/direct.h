@@ -1,4 +1,4 @@
-// What every step of a layer calls in vgkern._C, past pybind11: to convert thirty arguments by it takes 1.2 µs.
+// What every step of a layer calls in vgkern._C, past pybind11: to convert thirty arguments by it takes 0.8 µs.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -89,7 +89,7 @@ def batch_norm_act_backward(
     training, eps, activation, activation_args, min_norm, max_norm, output_mask,
 ):  # fmt: skip
     want_dx, want_dresidual, want_dweight, want_dbias, want_dactivation_weight, want_record = output_mask
-    empty_like = torch.empty_like if x.nbytes < memory.THRESHOLD else memory.empty_like  # which takes 0.2 µs to see it
+    empty_like = torch.empty_like if x.nbytes < memory.THRESHOLD else memory.empty_like
     dx = empty_like(x) if want_dx else None
     dresidual = empty_like(x) if want_dresidual else None
     dweight = torch.empty_like(weight) if want_dweight else None
