@@ -38,7 +38,7 @@ void norms(const Arrays& arrays, double p, double max_norm, int threads, Pointer
 void samples(const Arrays& arrays, Pointer norms) { sample_norms(kernels(), arrays.list, to<double>(norms)); }
 
 void add_known(KnownNorms& known, py::handle parameter, py::handle gradient, double norm, double sample) {
-  known.add(parameter, gradient, reinterpret_cast<const void*>(address_of(gradient)), norm, sample);
+  known.add(parameter, gradient, view_of(gradient.ptr()).data, norm, sample);
 }
 
 void scale(const Arrays& arrays, double factor, int threads) { scale_arrays(kernels(), arrays.list, factor, threads); }
