@@ -7,6 +7,7 @@ norm, addition and activation removed; and as what PyTorch's profiler counts out
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -24,10 +25,12 @@ from . import environment
 from .console import console, progress, rounds
 from .floor import FORMATS
 from .model import NETS, ResNet, convolutions_only
+from .peak_memory import peak_resident_bytes, saved_bytes
 from .report import write_csv
 from .timing import Timing, interleave
 
-DTYPES = ("float32", "bfloat16")
+#: "autocast": float32 parameters, and a forward pass under autocast to bfloat16.
+DTYPES = ("float32", "bfloat16", "autocast")
 
 #: In float64 the two nets are one function: the relative error in the L2 norm, which is 1e-10 where all is right.
 ALLOWED_FLOAT64 = 1e-6
@@ -48,14 +51,28 @@ def make_nets(dtype: torch.dtype, layout: str, device: str) -> dict[str, ResNet]
     return nets
 
 
+def make_forward(net: nn.Module, images: Tensor, labels: Tensor, autocast: bool) -> Callable[[], Tensor]:
+    """Forward and loss."""
+
+    def forward() -> Tensor:
+        context = torch.autocast(images.device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
+        with context:
+            logits = net(images)
+        return F.cross_entropy(logits.float(), labels)
+
+    return forward
+
+
 def make_step(
-    net: nn.Module, images: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer | None = None
-) -> Callable[[], Tensor]:
+    net: nn.Module, images: Tensor, labels: Tensor, optimizer: torch.optim.Optimizer | None = None,
+    *, autocast: bool = False,
+) -> Callable[[], Tensor]:  # fmt: skip
     """Forward, loss, backward, and the optimiser's step if there is one. Returns the loss."""
+    forward = make_forward(net, images, labels, autocast)
 
     def step() -> Tensor:
         net.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(net(images).float(), labels)
+        loss = forward()
         loss.backward()
         if optimizer is not None:
             optimizer.step()
@@ -136,11 +153,20 @@ def profile(step: Callable[[], object], repeats: int = 3) -> Profile:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Bytes that autograd keeps for the backward pass, and of a process of its own at its largest, if that is known."""
+
+    saved: int
+    resident: int | None
+
+
+@dataclass(frozen=True)
 class Outcome:
     """All that was measured."""
 
     timings: dict[str, Timing]
     profiles: dict[str, Profile]
+    memory: dict[str, Memory]
 
     def other_seconds(self, name: str) -> float:
         """What the batch norms, additions and activations add to a step: median of the rounds' differences."""
@@ -164,9 +190,42 @@ class Outcome:
 def measure(nets: dict[str, ResNet], images: Tensor, labels: Tensor, args: argparse.Namespace) -> Outcome:
     """Steps of both nets and of the convolutions alone, interleaved; then the profiles."""
     everything = {**nets, "convolution only": convolutions_only(nets["torch.nn"])}
-    steps = {name: make_step(net, images, labels, _sgd(net) if args.sgd else None) for name, net in everything.items()}
+    autocast = args.dtype == "autocast"
+    steps = {
+        name: make_step(net, images, labels, _sgd(net) if args.sgd else None, autocast=autocast)
+        for name, net in everything.items()
+    }
     timings = interleave(steps, rounds=args.rounds, warmup=1, device=args.device)
-    return Outcome(timings, {name: profile(steps[name]) for name in nets})
+    profiles = {name: profile(steps[name]) for name in nets}
+    memory = {
+        name: Memory(
+            saved_bytes(net, make_forward(net, images, labels, autocast)),
+            peak_resident_bytes(take_steps, name, args.batch, args.size, args.dtype, args.layout, args.threads)
+            if args.device == "cpu"
+            else None,
+        )
+        for name, net in nets.items()
+    }
+    return Outcome(timings, profiles, memory)
+
+
+def take_steps(name: str, batch: int, size: int, dtype: str, layout: str, threads: int | None) -> None:
+    """Two steps of one of the nets on the CPU: for a process whose memory is measured."""
+    if threads:
+        torch.set_num_threads(threads)
+    net = NETS[name]().to(parameter_dtype(dtype), memory_format=FORMATS[layout])
+    step = make_step(net, *make_data(batch, size, dtype, layout, "cpu"), autocast=dtype == "autocast")
+    for _ in range(2):
+        step()
+
+
+def parameter_dtype(dtype: str) -> torch.dtype:
+    return torch.float32 if dtype == "autocast" else getattr(torch, dtype)
+
+
+def make_data(batch: int, size: int, dtype: str, layout: str, device: str) -> tuple[Tensor, Tensor]:
+    images = torch.randn(batch, 3, size, size).to(device, parameter_dtype(dtype), memory_format=FORMATS[layout])
+    return images, torch.randint(1000, (batch,)).to(device)
 
 
 def _sgd(net: nn.Module) -> torch.optim.Optimizer:
@@ -183,10 +242,8 @@ def run(args: argparse.Namespace) -> int:
     described = environment.describe(args.device)
     out = console(sys.stdout)
     out.print(environment.summary(described))
-    dtype = getattr(torch, args.dtype)
-    nets = make_nets(dtype, args.layout, args.device)
-    images = torch.randn(args.batch, 3, args.size, args.size).to(args.device, dtype, memory_format=FORMATS[args.layout])
-    labels = torch.randint(1000, (args.batch,)).to(args.device)
+    nets = make_nets(parameter_dtype(args.dtype), args.layout, args.device)
+    images, labels = make_data(args.batch, args.size, args.dtype, args.layout, args.device)
 
     with progress(2) as bar:
         bar.now("checking both nets against float64")
@@ -237,13 +294,22 @@ def _table(outcome: Outcome, args: argparse.Namespace) -> Table:
 def conclusions(outcome: Outcome) -> list[str]:
     step = outcome.timings["vgkern"].speedup_over(outcome.timings["torch.nn"])
     shares = {name: outcome.other_share(name) for name in NETS}
-    return [
+    lines = [
         f"a step: {step:.2f}x; not convolution: {shares['torch.nn']:.1%} before, {shares['vgkern']:.1%} after, "
         f"its time cut by {outcome.cut:.2f}x",
         f"by the profiler, which also counts pooling, the linear layer and the loss: "
         f"{outcome.profiles['torch.nn'].share:.1%} before, {outcome.profiles['vgkern'].share:.1%} after, "
         f"its time cut by {outcome.profiled_cut:.2f}x",
+        "kept for the backward pass: " + _megabytes({name: memory.saved for name, memory in outcome.memory.items()}),
     ]
+    resident = {name: memory.resident for name, memory in outcome.memory.items() if memory.resident is not None}
+    if resident:
+        lines.append("a process of its own at its largest: " + _megabytes(resident))
+    return lines
+
+
+def _megabytes(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in sizes.items())
 
 
 def _write_csv(outcome: Outcome, described: dict[str, Any], args: argparse.Namespace, path: Path) -> None:
@@ -251,7 +317,7 @@ def _write_csv(outcome: Outcome, described: dict[str, Any], args: argparse.Names
     rows = []
     for name, timing in outcome.timings.items():
         first, third = timing.quartiles
-        profiled = outcome.profiles.get(name)
+        profiled, memory = outcome.profiles.get(name), outcome.memory.get(name)
         rows.append({
             "net": name, "batch": args.batch, "size": args.size, "dtype": args.dtype, "layout": args.layout,
             "optimizer": "sgd" if args.sgd else "", "rounds": args.rounds,
@@ -260,6 +326,7 @@ def _write_csv(outcome: Outcome, described: dict[str, Any], args: argparse.Names
             "not_convolution_share": outcome.other_share(name) if profiled else "",
             "profiled_convolution_ms": profiled.convolution * 1e3 if profiled else "",
             "profiled_other_ms": profiled.other * 1e3 if profiled else "",
+            "saved_bytes": memory.saved if memory else "", "peak_resident_bytes": (memory and memory.resident) or "",
             **described,
         })  # fmt: skip
     write_csv(rows, path)
@@ -278,7 +345,12 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run, error=parser.error)
     parser.add_argument("--batch", type=int, default=16, help="images a step")
     parser.add_argument("--size", type=int, default=224, help="side of an image, a multiple of 32")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="data and parameters")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="data and parameters; autocast: bfloat16, of float32 parameters",
+    )
     parser.add_argument("--layout", choices=tuple(FORMATS), default="channels_last", help="memory format")
     parser.add_argument("--sgd", action="store_true", help="also a step of SGD with momentum")
     parser.add_argument("--rounds", type=rounds, default=10, help="rounds in which each net runs one step")

@@ -26,6 +26,7 @@ from benchmarks import (
     libraries,
     micro,
     monitor,
+    peak_memory,
     report,
     resnet50,
     tcmalloc,
@@ -714,14 +715,32 @@ def test_the_share_that_is_not_convolution():
         "convolution only": Timing((1.0, 2.0, 1.0)),
     }  # fmt: skip
     profiles = {"vgkern": resnet50.Profile(0.9, 0.1), "torch.nn": resnet50.Profile(0.9, 0.9)}
-    outcome = resnet50.Outcome(timings, profiles)
+    memory = {"vgkern": resnet50.Memory(10**6, None), "torch.nn": resnet50.Memory(3 * 10**6, None)}
+    outcome = resnet50.Outcome(timings, profiles, memory)
     assert outcome.other_seconds("torch.nn") == pytest.approx(1.0)  # round by round: the slow one does not count
     assert outcome.other_share("vgkern") == pytest.approx(0.2 / 1.2)
     assert outcome.cut == pytest.approx(5.0)
     assert outcome.profiled_cut == pytest.approx(9.0)
-    first, second = resnet50.conclusions(outcome)
+    first, second, third = resnet50.conclusions(outcome)
     assert "not convolution: 50.0% before, 16.7% after, its time cut by 5.00x" in first
     assert "50.0% before, 10.0% after, its time cut by 9.00x" in second
+    assert third == "kept for the backward pass: vgkern 1 MB, torch.nn 3 MB"
+
+
+def test_what_a_backward_pass_keeps_is_counted_once_and_without_the_parameters():
+    net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    x = torch.randn(32, 8)
+    # The input; the ReLU's output, which the second layer keeps as well.
+    assert peak_memory.saved_bytes(net, lambda: net(x).sum()) == 4 * 32 * (8 + 16)
+
+
+def _allocate(megabytes: int) -> None:
+    torch.ones(megabytes << 20, dtype=torch.uint8)
+
+
+def test_the_peak_of_a_process_of_its_own():
+    small, large = (peak_memory.peak_resident_bytes(_allocate, megabytes) for megabytes in (1, 301))
+    assert 250e6 < large - small < 400e6
 
 
 def test_the_profiler_tells_convolutions_from_the_rest():
@@ -735,13 +754,15 @@ def test_the_profiler_tells_convolutions_from_the_rest():
 
 
 def test_resnet50_times_what_is_right(benchmarks, tmp_path, capsys, monkeypatch):
-    arguments = ["--batch", 2, "--size", 32, "--rounds", 2, "--sgd", "--out", tmp_path]
+    arguments = ["--batch", 2, "--size", 32, "--rounds", 2, "--sgd", "--dtype", "autocast", "--out", tmp_path]
     monkeypatch.setattr(resnet50, "is_right", lambda found: True)  # at this size its gradients are a matter of luck
     assert benchmarks("resnet50", *arguments) == 0
     rows = {row["net"]: row for row in rows_of(tmp_path / "resnet50.csv")}
     assert list(rows) == ["vgkern", "torch.nn", "convolution only"]
     assert all(float(row["step_ms"]) > 0 and row["optimizer"] == "sgd" for row in rows.values())
     assert float(rows["vgkern"]["profiled_other_ms"]) > 0
+    assert 0 < float(rows["vgkern"]["saved_bytes"]) < float(rows["torch.nn"]["saved_bytes"])
+    assert float(rows["vgkern"]["peak_resident_bytes"]) > 1e8
     assert rows["convolution only"]["not_convolution_ms"] == ""
     assert "its time cut by" in capsys.readouterr().out
 
