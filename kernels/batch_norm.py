@@ -94,9 +94,10 @@ _NUM_TALLIES = 3
 # The program that finishes reads this many values of a row of a workspace at once: eight a thread of eight warps.
 _FINISH = 2048
 
-# They are of at most this many channels, so that a thread of eight warps keeps one float64 of each of six sums. With
-# 1024 channels at once backward_apply took 158 registers in place of 116 (sm_90, halves in rows), with 2048 it spilled.
-_FINISH_CHANNELS = 256
+# They are of at most this many channels, so that six float64 sums of each take few registers. For sm_90, with 1024
+# channels at once backward_apply of halves in rows took 158 in place of 126, with 256 that of float32 in planes of
+# 14 × 14 took 122 in place of 64.
+_FINISH_CHANNELS = 128
 
 # Elements in a tile of the program that works alone, which is not to take more registers than the others: with 512,
 # ptxas spilled backward_apply of halves in planes, with 1024 took 165 in place of 90 registers in rows (sm_90).
@@ -1183,12 +1184,11 @@ def _slope_stride(activation_weight: Tensor | None) -> int:
 
 
 def _splits_at_once(num_splits: int) -> int:
-    """How many splits a merge reads at once: 1, 4 or 16, so that few kernels are compiled.
+    """How many splits a merge reads at once: with 32 channels 512 float64 values, two a thread of eight warps.
 
-    With 32 channels 16 are 512 float64 values, two a thread of eight warps. With twice as many, backward_apply of
-    float32 in rows took 146 registers (sm_90, 32 channels) in place of 85.
+    With twice as many, backward_apply of float32 in rows took 146 registers (sm_90, 32 channels) in place of 85.
     """
-    return 1 if num_splits == 1 else 4 if num_splits <= 4 else 16
+    return min(tuning.power_of_two(num_splits), 16)
 
 
 def forward_launches(

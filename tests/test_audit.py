@@ -32,9 +32,8 @@ def kernel(x_ptr, y_ptr, weight_ptr, sums_ptr):
     tl.store(y_ptr + offset, x)
     tl.store(sums_ptr + split, total)
     _store_bits(mask_ptr, x > 0)
-    squares = _apply(x_ptr, weight_ptr)
 """
-CHANNEL, LOAD, STORE, SUMS, MASK, BOTH = 11, 12, 13, 14, 15, 16
+CHANNEL, LOAD, STORE, SUMS, MASK = 11, 12, 13, 14, 15
 
 
 @pytest.fixture
@@ -52,7 +51,7 @@ def test_the_kind_of_an_access_is_that_of_the_pointer_its_line_names(source):
         return machine_code.kind_of([(str(source), line) for line in lines])
 
     assert kind(LOAD) == kind(STORE) == "tensor"
-    assert kind(SUMS) == kind(BOTH) == "other"
+    assert kind(SUMS) == "other"
     assert kind(3, CHANNEL) == "other"  # innermost first
     assert kind(7, MASK) == "mask"
     assert machine_code.kind_of([("/no/such/file.py", 3)]) == "other"

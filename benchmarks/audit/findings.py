@@ -22,7 +22,8 @@ ODD_REASONS = {
 ODD_OCCUPANCY = 0.25  # which they must have
 
 #: Kernels that read a tensor's first and last tile masked, element by element: their widest access is the usual one.
-RAGGED = {"norm_partial", "gradient_scale"}
+#: And one whose load of a factor, 8 bytes, has in machine code the line of a call that is handed the tensors too.
+RAGGED = {"norm_partial", "gradient_scale", "input_gradient"}
 
 TRAFFIC_TOLERANCE = 0.02
 OCCUPANCY = 0.5

@@ -86,8 +86,8 @@ def kind_of(frames: Iterable[tuple[str, int]]) -> str:
         found = set(_NAME.findall(statement))
         if found == {"mask"}:
             return "mask"
-        if found and (found <= _TENSORS or not found & _TENSORS):  # a call that is handed both tells nothing
-            return "tensor" if found <= _TENSORS else "other"
+        if found:
+            return "tensor" if found & _TENSORS else "other"
         if _BASE.search(statement):
             return "tensor"
     return "other"
