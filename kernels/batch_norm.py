@@ -94,6 +94,11 @@ _NUM_TALLIES = 3
 # The program that finishes reads this many values of a row of a workspace at once: eight a thread of eight warps.
 _FINISH = 2048
 
+# They are of at most this many channels, so that six float64 sums of each take few registers. For sm_90, with 1024
+# channels at once backward_apply of halves in rows took 158 in place of 126, with 256 that of float32 in planes of
+# 14 × 14 took 122 in place of 64.
+_FINISH_CHANNELS = 128
+
 # Elements in a tile of the program that works alone, which is not to take more registers than the others: with 512,
 # ptxas spilled backward_apply of halves in planes, with 1024 took 165 in place of 90 registers in rows (sm_90).
 _ALONE = 256
@@ -1177,13 +1182,25 @@ def _geometry(x: Tensor, shape: Shape, blocks: tuning.Blocks) -> _Geometry:
     )  # fmt: skip
 
 
+def _register_limit(rows: bool) -> dict[str, int]:
+    """The option of ``backward_apply`` that keeps ptxas from spilling.
+
+    In rows it would take 64 or 80 registers, so that one program more fits a multiprocessor, and spill up to 16 in the
+    loop. Told that two programs of eight warps are to fit, it takes what it needs: 74 to 116 (sm_90).
+    """
+    return {"maxnreg": 128} if rows and LANES == 32 and not INTERPRETED else {}
+
+
 def _slope_stride(activation_weight: Tensor | None) -> int:
     return 0 if activation_weight is None or activation_weight.numel() == 1 else 1
 
 
 def _splits_at_once(num_splits: int) -> int:
-    """How many splits a merge reads at once: with 32 channels 1024 float64 values, four a thread of eight warps."""
-    return min(tuning.power_of_two(num_splits), 32)
+    """How many splits a merge reads at once: with 32 channels 512 float64 values, two a thread of eight warps.
+
+    With twice as many, backward_apply of float32 in rows took 146 registers (sm_90, 32 channels) in place of 85.
+    """
+    return min(tuning.power_of_two(num_splits), 16)
 
 
 def forward_launches(
@@ -1232,7 +1249,7 @@ def forward_launches(
         launches.append(_launch(forward_statistics_kernel, grid, statistics_args, options))
     apply |= {
         "running_mean_ptr": running_mean, "running_var_ptr": running_var, "partials_ptr": partials, **cut,
-        "SPLITS": _splits_at_once(blocks.num_splits), "STAGES": blocks.apply_stages,
+        "SPLITS": _splits_at_once(blocks.num_splits) if over_batch else 1, "STAGES": blocks.apply_stages,
     }  # fmt: skip
     return [*launches, _launch(forward_apply_kernel, grid, apply, options)]
 
@@ -1314,7 +1331,7 @@ def backward_launches(
         launches = [_launch(backward_reduce_kernel, grid, reduce, options)]
 
     splits = _splits_at_once(blocks.num_splits)
-    finish_channels = min(tuning.power_of_two(shape.num_channels), _FINISH // splits)
+    finish_channels = min(tuning.power_of_two(shape.num_channels), _FINISH // splits, _FINISH_CHANNELS)
     finish = {
         "sums_ptr": sums, "tallies_ptr": tallies, "statistics_ptr": statistics, "weight_ptr": weight,
         "dweight_ptr": dweight, "dbias_ptr": dbias, "dslope_ptr": dactivation_weight, "record_ptr": record,
@@ -1336,9 +1353,9 @@ def backward_launches(
             "IF_OUT_OF_BOUNDS": out_of_bounds,
             "ALONE_RUNS": alone_runs, "ALONE_INNER": alone_inner, "SPLITS": splits, "STAGES": blocks.apply_stages,
         }  # fmt: skip
-        launches.append(
-            _launch(backward_apply_kernel, (1 + blocks.programs,), apply, options, conditional=out_of_bounds)
-        )
+        apply_grid = (1 + blocks.programs,)
+        apply_options = {**options, **_register_limit(shape.rows)}
+        launches.append(_launch(backward_apply_kernel, apply_grid, apply, apply_options, conditional=out_of_bounds))
     elif parameters or recorded:
         finish_options = {"num_warps": 8, "enable_fp_fusion": False}
         launches.append(_launch(backward_finish_kernel, (1,), finish, finish_options))

@@ -58,9 +58,15 @@ _FEW = "stays in L2, where what counts is latency: half the programs, and sums t
 # * The float64 sums of backward_reduce fill registers. For sm_90 it takes 90 to 102 in planes and 121 in rows: two
 #   programs of eight warps a multiprocessor, occupancy 25 %. In rows of halves, where a thread has eight channels, it
 #   is 200: one program, 12 %. So bytes in flight come from stages, by asynchronous copies to shared memory that cost no
-#   register: 24 and (rows of halves) 32 KB of two tensors a program.
+#   register: 24 and (rows of halves) 40 KB of two tensors a program. 38 KB a multiprocessor keep a B200's memory busy
+#   for the 700 ns that a load is assumed to take, 25 KB an H200's, 13 KB an A100's.
 # * In planes, loops that write have an occupancy of 50 % and more without stages (with three, ptxas spilled
-#   backward_apply of float32); in rows it is 25 to 50 %, and stages help.
+#   backward_apply of float32); in rows it is 25 to 50 %, and six stages keep 40 KB and more in flight.
+# * On AMD's GPUs stages are kept in registers, and more than three take more of them than they bring: for gfx942
+#   backward_reduce of halves in rows had 262 with six, occupancy 12 %, and 226 with three, 25 %.
+# * Planes of an odd number of halves (7 × 7) are read 2 bytes at a time, for which there is no asynchronous copy. They
+#   get 16 warps of four elements a thread: with eight, for sm_90, backward_reduce took 162 registers, 12 %, or 128 and
+#   spilled; so it is 94, 25 %, and the other kernels have 50 %.
 TABLE: dict[tuple[str, str, str], Limits] = {
     ("planes", "float32", "large"): Limits(
         1024, 1024, 8192, 1024, 128, 128, 4, 1, "a stretch of one plane, one 16-byte load a thread and tensor"
@@ -75,13 +81,13 @@ TABLE: dict[tuple[str, str, str], Limits] = {
     ),
     ("planes", "float64", "small"): Limits(1024, 1024, 4096, 512, 32, 128, 3, 1, _FEW),
     ("rows", "float32", "large"): Limits(
-        32, 1024, 8192, 256, 64, 128, 4, 3, "128 neighbouring bytes; wider leaves 64 channels with too few programs"
+        32, 1024, 8192, 256, 64, 128, 4, 6, "128 neighbouring bytes; wider leaves 64 channels with too few programs"
     ),
-    ("rows", "float32", "small"): Limits(32, 1024, 8192, 128, 32, 128, 4, 3, _FEW),
+    ("rows", "float32", "small"): Limits(32, 1024, 8192, 128, 32, 128, 4, 6, _FEW),
     ("rows", "half", "large"): Limits(
-        32, 2048, 8192, 256, 64, 256, 5, 3, "64 neighbouring bytes, two whole sectors; wider leaves too few programs"
+        32, 2048, 8192, 256, 64, 256, 6, 6, "64 neighbouring bytes, two whole sectors; wider leaves too few programs"
     ),
-    ("rows", "half", "small"): Limits(32, 2048, 8192, 128, 32, 256, 5, 3, _FEW),
+    ("rows", "half", "small"): Limits(32, 2048, 8192, 128, 32, 256, 6, 6, _FEW),
     ("rows", "float64", "large"): Limits(16, 1024, 4096, 256, 64, 128, 3, 3, "128 neighbouring bytes, as float32"),
     ("rows", "float64", "small"): Limits(16, 1024, 4096, 128, 32, 128, 3, 3, _FEW),
     **{
@@ -170,11 +176,13 @@ def choose(
     wanted = max(min(num_tiles, limits.programs // num_blocks, limits.splits), 1)
     tiles_per_split = _cdiv(num_tiles, wanted)
     num_splits = _cdiv(num_tiles, tiles_per_split)
-    num_warps = min(max(power_of_two(runs * inner // limits.warp), 4), 16) * 32 // lanes
+    warp = limits.warp if rows or element != "half" or inner_size % 2 == 0 else limits.warp // 2
+    num_warps = min(max(power_of_two(runs * inner // warp), 4), 16) * 32 // lanes
     group = min(max(runs * inner // (num_warps * lanes * vector), 1), runs) if rows else vector
+    most = 3 if lanes == 64 else max(limits.stages, limits.apply_stages)
     return Blocks(
         runs, inner, channels, group, vector, num_tiles, tiles_per_split, num_splits, num_blocks * num_splits,
-        num_warps, limits.stages, limits.apply_stages, resident,
+        num_warps, min(limits.stages, most), min(limits.apply_stages, most), resident,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from vgkern.kernels import batch_norm
+from vgkern.kernels import batch_norm, tuning
 
 from benchmarks.audit import findings, layers, machine_code, predict, traffic
 from benchmarks.audit.targets import DEVICES, TARGETS, seconds
@@ -217,6 +217,9 @@ GOOD = {
         ({"occupancy": 0.25}, "occupancy"),
         ({"occupancy": 0.25, "bytes_in_flight": 2**20}, ""),
         ({"occupancy": 0.25, "kernel": "forward_channel"}, ""),
+        ({"occupancy": 0.25, "kernel": "backward_reduce", "aligned_bytes": 2}, ""),
+        ({"occupancy": 0.125, "kernel": "backward_reduce", "aligned_bytes": 2}, "occupancy"),
+        ({"occupancy": 0.25, "aligned_bytes": 2}, "occupancy"),
     ],
 )
 def test_what_is_held_against_a_kernel(change, word):
@@ -256,17 +259,39 @@ def test_gradient_kernels_move_what_they_state():
     assert [row["counted_bytes"] for row in rows] == [row["stated_bytes"] for row in rows]
 
 
+def test_halves_are_counted_once_for_both_types(monkeypatch):
+    monkeypatch.setattr(tuning, "TABLE", dict(tuning.TABLE))  # the audit has a process of its own and changes it
+    layer = layers.Layer("", (2, 8, 5, 5), "relu", True, 1)
+    rows = traffic.count(layers.Selection([layer], ("float16", "bfloat16", "float32"), ("eval",)))
+    rows = [row for row in rows if row["direction"] == "eval"]
+    assert [(row["dtype"], row["layout"]) for row in rows] == [
+        (dtype, layout) for dtype in ("float16", "bfloat16", "float32") for layout in layers.FORMATS
+    ]
+    assert [row["counted_bytes"] for row in rows] == [3 * traffic.ELEMENTS * size for size in (2, 2, 2, 2, 4, 4)]
+
+
+def test_the_compiler_is_told_what_keeps_it_from_spilling(monkeypatch):
+    """Rows on NVIDIA's GPUs: else ptxas spills backward_apply. AMD's compiler knows no such option."""
+    monkeypatch.setattr(batch_norm, "INTERPRETED", False)
+    layer = layers.Layer("", (32, 64, 56, 56), "relu", True, 1)
+    for lanes, layout, limit in ((32, "channels_last", 128), (32, "contiguous", None), (64, "channels_last", None)):
+        monkeypatch.setattr(batch_norm, "LANES", lanes)
+        case = layers.Case(layer, "bfloat16", layout, "backward")
+        reduce, apply = layers.launches_of(case, layers.tensors_of(case))
+        assert "maxnreg" not in reduce.options
+        assert apply.options.get("maxnreg") == limit
+
+
 def test_a_small_audit(tmp_path):
-    """Compiles for one GPU, counts, lowers, and writes all it writes."""
+    """Compiles for two GPUs, counts, lowers, and writes all it writes; nothing is held against any kernel."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     result = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "audit", "--small", "--target", "gfx942", "--output", tmp_path / "out"],
+        [sys.executable, "-m", "benchmarks", "audit", "--small", "--target", "sm_90", "gfx942", "--output",
+         tmp_path / "out"],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert result.returncode in (0, 1), result.stderr[-3000:]
-    assert " spills " not in result.stderr
-    assert " states " not in result.stderr
-    assert " launches" not in result.stderr
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "0 findings" in result.stdout
     rows = {}
     for name in ("kernels", "traffic", "times"):
         with (tmp_path / "out" / f"audit-{name}.csv").open() as file:

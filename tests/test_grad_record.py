@@ -55,6 +55,17 @@ def test_every_field_against_autograd(backend, device, activation, training, mem
     assert (stats.nonfinite, stats.backwards) == (0, 1)
 
 
+@pytest.mark.parametrize("cut", ["resident", "walked"])
+def test_an_epsilon_as_large_as_the_variance(request, backend, device, cut):
+    """Σx̂² is then half of m, which the closed form of the norm of dx counts with where channels are walked."""
+    if cut == "walked":
+        request.getfixturevalue("small_blocks")
+    layer = randomised(BatchNormAct2d(7, eps=1.0)).to(device)
+    x, residual, dy = _tensors(device)
+    layer(x, residual).backward(dy)
+    assert layer.grad_stats().grad_input_norm == _close(_norm(x.grad))
+
+
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("activation", ["identity", "relu", "silu"])
 def test_without_residual_and_parameters(backend, device, activation, affine):

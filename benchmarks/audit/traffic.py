@@ -1,7 +1,7 @@
 """Run every kind of layer in Triton's interpreter and count the bytes that its kernels really load and store.
 
 Run as a process of its own under TRITON_INTERPRET=1: ``python -m benchmarks.audit.traffic full|small``. Small tensors,
-cut into blocks as a GPU's are.
+cut into blocks as a GPU's are. bfloat16 and float16, which are cut alike, are counted once for both.
 """
 
 from __future__ import annotations
@@ -44,32 +44,39 @@ def count(which: layers.Selection) -> list[dict[str, Any]]:
 
     from .. import interpreter
 
-    rows = []
-    done = set()
+    rows: list[dict[str, Any]] = []
+    done: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for full in layers.cases(which):
         element = {4: "float32", 2: "half"}[layers.DTYPES[full.dtype].itemsize]
         for layout, size in (("planes", "small"), ("planes", "large"), ("rows", "small"), ("rows", "large")):
             tuning.TABLE[layout, "interpreted", size] = tuning.TABLE[layout, element, size]
         names = [launch.name for launch in layers.launches_of(full, layers.tensors_of(full))]
         case = replace(full, layer=_small(full.layer))
-        if (case, *names) in done:
+        key = (case, *names)
+        if key in done:
             continue
-        done.add((case, *names))
+        other = replace(case, dtype={"bfloat16": "float16", "float16": "bfloat16"}.get(case.dtype, case.dtype))
+        if counted := done.get((other, *names)):  # of the same width, so cut into the same blocks
+            done[key] = [{**row, "dtype": case.dtype} for row in counted]
+            rows += done[key]
+            continue
         if not any("channel" in name for name in names):  # few elements would fit a program where many do not
-            for key, limits in tuning.TABLE.items():
-                if key[1] == "interpreted":
-                    tuning.TABLE[key] = replace(limits, resident=0)
+            for row, limits in tuning.TABLE.items():
+                if row[1] == "interpreted":
+                    tuning.TABLE[row] = replace(limits, resident=0)
         launches = layers.launches_of(case, layers.tensors_of(case, "cpu"))
+        mine = done[key] = []
         for launch in launches:
             with interpreter.count_bytes() as traffic:
                 launching.launch([launch], torch.device("cpu"))
-            counted = traffic.bytes(names=launch.moved)
-            rows.append({
+            moved = traffic.bytes(names=launch.moved)
+            mine.append({
                 "kernel": launch.name.removesuffix("_kernel"), "dtype": case.dtype, "layout": case.layout,
                 "layer": case.layer.label, "direction": case.direction, "units": batch_norm.units(launch),
-                "stated_bytes": launch.bytes, "counted_bytes": counted, "other_bytes": traffic.bytes() - counted,
+                "stated_bytes": launch.bytes, "counted_bytes": moved, "other_bytes": traffic.bytes() - moved,
                 "pass_units": sum(map(batch_norm.units, launches)), "floor_units": floor_units(case),
             })  # fmt: skip
+        rows += mine
     return [*rows, *(row for dtype in which.dtypes for row in _gradient_rows(dtype))]
 
 
