@@ -78,6 +78,13 @@ def test_norms_of_a_mixed_list(module, where, p):
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0, INF])
+def test_values_that_grow_along_a_tensor(module, where, p):
+    # What was summed so far is brought to a scale that holds what comes next.
+    x = torch.cat([torch.full((5000,), value, device=where) for value in (1.0, 5.0, 300.0)])
+    _assert_norms(module, [x], p)
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0, INF])
 @pytest.mark.parametrize("dtype", ops.FLOATING_DTYPES, ids=str)
 def test_no_finite_gradient_overflows_or_vanishes(module, where, dtype, p):
     largest, tiny = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
