@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from common import bits
+from vgkern.kernels import gradient_norm
 
 import vgkern
 from vgkern import ops
@@ -77,11 +78,30 @@ def test_norms_of_a_mixed_list(module, where, p):
     _assert_norms(module, _mixed(where), p)
 
 
+@pytest.fixture(params=[1, 3])
+def few_programs(request, monkeypatch, module):
+    """Long lists give a program of the GPU's kernels several tiles; here short ones do."""
+    monkeypatch.setattr(gradient_norm, "_PROGRAMS", request.param)
+    gradient_norm._LISTS.clear()
+    yield
+    gradient_norm._LISTS.clear()
+
+
+@pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0, INF])
-def test_values_that_grow_along_a_tensor(module, where, p):
+@pytest.mark.parametrize("dtype", ops.FLOATING_DTYPES)
+def test_values_that_grow_along_a_tensor(module, where, p, dtype):
     # What was summed so far is brought to a scale that holds what comes next.
-    x = torch.cat([torch.full((5000,), value, device=where) for value in (1.0, 5.0, 300.0)])
-    _assert_norms(module, [x], p)
+    x = torch.cat([torch.full((5000,), value, device=where, dtype=dtype) for value in (1.0, 5.0, 300.0, 2.0)])
+    _assert_norms(module, [x, x[:3000]], p)
+
+
+@pytest.mark.usefixtures("few_programs")
+def test_tiles_of_one_program_are_all_scaled(module, where):
+    tensors = [torch.arange(1.0, size + 1, device=where) for size in (9000, 100, 5000)]
+    module.scale_gradients_(tensors, torch.tensor(0.5, dtype=torch.float64, device=where))
+    for x in tensors:
+        assert torch.equal(x, torch.arange(1.0, len(x) + 1, device=where) / 2)
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, 3.0, INF])
