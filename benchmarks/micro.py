@@ -187,7 +187,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--cold", action="store_true",
         help="time each call right after other variants', which leave their own data in the CPU's caches, and not "
-        "after an untimed call of its own",
+        "after untimed calls of its own",
     )  # fmt: skip
     parser.add_argument("--rounds", type=rounds, default=20, help="rounds in which each variant runs once")
     parser.add_argument("--threads", type=int, help="torch.set_num_threads; PyTorch's own choice if not given")

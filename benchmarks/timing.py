@@ -41,7 +41,7 @@ def interleave(
 ) -> dict[str, Timing]:  # fmt: skip
     """Time each variant once a round, in turn; on a GPU the GPU's time, from an L2 cache that holds other things.
 
-    ``hot``: each call follows one of its own variant that is not timed, so that it finds in a CPU's caches what that
+    ``hot``: each call follows calls of its own variant that are not timed, so that it finds in a CPU's caches what those
     left there, and not what another variant did.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -49,12 +49,24 @@ def interleave(
     for turn in range(warmup + rounds):
         for name, run in variants.items():
             if hot:
-                run()
+                _warm_up(run)
             result, elapsed = clock(run)
             del result  # outside the clock: freeing it is part of nobody's kernel
             if turn >= warmup:
                 seconds[name].append(elapsed)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+#: Of calls before a hot one: a cache lets go of what others left there only after several passes over as much.
+WARM_SECONDS = 10e-3
+
+
+def _warm_up(run: Callable[[], object]) -> None:
+    start = time.perf_counter()
+    while True:
+        run()
+        if time.perf_counter() - start >= WARM_SECONDS:
+            return
 
 
 Clock = Callable[[Callable[[], object]], tuple[object, float]]

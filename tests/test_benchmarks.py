@@ -292,11 +292,18 @@ def test_the_floor_is_timed_beside_the_layer():
     assert 0 < fastest < 3 * timings["forward"]["vgkern"].median
 
 
-def test_a_hot_call_follows_one_of_its_own():
-    calls = []
-    timings = interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2, warmup=0, hot=True)
-    assert calls == ["a", "a", "b", "b"] * 2
-    assert all(len(timing.seconds) == 2 for timing in timings.values())
+def test_a_hot_call_follows_calls_of_its_own(monkeypatch):
+    calls, now = [], [0.0]
+
+    def call(name: str) -> None:
+        calls.append(name)
+        now[0] += 4e-3
+
+    monkeypatch.setattr("benchmarks.timing.time.perf_counter", lambda: now[0])
+    variants = {name: functools.partial(call, name) for name in ("a", "b")}
+    timings = interleave(variants, rounds=2, warmup=0, hot=True)
+    assert calls == ["a"] * 4 + ["b"] * 4 + ["a"] * 4 + ["b"] * 4  # three in ten milliseconds, then the timed one
+    assert timings["a"].seconds == pytest.approx((4e-3, 4e-3))
 
 
 def test_no_roof_where_there_is_no_probe():
