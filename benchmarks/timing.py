@@ -41,8 +41,8 @@ def interleave(
 ) -> dict[str, Timing]:  # fmt: skip
     """Time each variant once a round, in turn; on a GPU the GPU's time, from an L2 cache that holds other things.
 
-    ``hot``: each call follows calls of its own variant that are not timed, so that it finds in a CPU's caches what those
-    left there, and not what another variant did.
+    ``hot``: each call follows calls of its own variant that are not timed, so that it finds in a CPU's caches what
+    those left there, and not what another variant did.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     clock = clock_of(device)
