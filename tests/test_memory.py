@@ -627,7 +627,15 @@ def test_tensors_may_live_until_the_interpreter_ends():
         del idle
         capsule = memory._C.pool_tensor((1 << 20,), (1,), (2, 32))
         atexit.register(lambda y=memory.empty_like(like): y.fill_(1.0))
-        threading.Thread(target=lambda y: y.fill_(2.0), args=(memory.empty_like(like),), daemon=True).start()
+        filled = threading.Event()
+
+        def hold(y):  # and wait: in the midst of an operation of torch the end of the interpreter aborts the process
+            y.fill_(2.0)
+            filled.set()
+            threading.Event().wait()
+
+        threading.Thread(target=hold, args=(memory.empty_like(like),), daemon=True).start()
+        filled.wait()
         layer = vgkern.nn.BatchNormAct2d(16)
         graph = layer(torch.randn(8, 16, 64, 64, requires_grad=True))
     """
