@@ -202,4 +202,8 @@ def test_dense_tensors_beyond_2_to_the_31(backend, device, dtype, elements, memo
         )  # fmt: skip
     assert all(torch.equal(dx[i], dx[0]) for i in (1, batch // 2, batch - 1))
     assert record[0].item() == pytest.approx(batch * image.double().square().sum().item(), rel=1e-5)
-    assert record[2].item() == pytest.approx(batch * dx[0].double().square().sum().item(), rel=1e-5)
+    # The judge is float64: half precision rounds alike values alike, and the sum of dx as written is 6e-5 off.
+    exact = image.double().requires_grad_()
+    torch.nn.functional.batch_norm(exact, None, None, training=True).relu().backward(image.double())
+    assert record[2].item() == pytest.approx(batch * exact.grad.square().sum().item(), rel=1e-5)
+    torch.testing.assert_close(dx[:1].double(), exact.grad, rtol=torch.finfo(dtype).eps, atol=1e-6)
