@@ -232,20 +232,26 @@ VGKERN_INLINE void store_block(const Vec<R> (&v)[VECTORS], T* base, const Block<
   }
 }
 
+// Returns how many bits are set; behind the last element none is.
 template <int VECTORS, class R, int COLUMNS>
-VGKERN_INLINE void load_masks(Mask<R> (&mask)[VECTORS], const uint8_t* base, const Block<R, COLUMNS>& at) {
+VGKERN_INLINE int load_masks(Mask<R> (&mask)[VECTORS], const uint8_t* base, const Block<R, COLUMNS>& at) {
+  int set = 0;
   if (VECTORS == 1 || (COLUMNS == 1 && !at.whole())) {
     unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
       const int lanes = j < VECTORS - 1 ? kLanes<R> : at.lanes;
-      mask[j] = mask_from_bits<R>(load_bits(base + at.mask_byte_of(j), lanes));
+      const unsigned bits = load_bits(base + at.mask_byte_of(j), lanes);
+      mask[j] = mask_from_bits<R>(bits);
+      set += __builtin_popcount(bits);
     });
   } else {
     unroll<VECTORS / 2>([&](auto j) VGKERN_LAMBDA {
       const unsigned bits = load_bit_pair<R>(base + at.mask_byte_of(2 * j));
       mask[2 * j] = mask_from_bits<R>(bits & ((1u << kLanes<R>)-1));
       mask[2 * j + 1] = mask_from_bits<R>(bits >> kLanes<R>);
+      set += __builtin_popcount(bits);
     });
   }
+  return set;
 }
 
 template <int VECTORS, class R, int COLUMNS>
@@ -525,8 +531,13 @@ struct PreActivation {
 template <class R, int VECTORS>
 struct Derivative {
   Vec<R> dz[VECTORS];
-  unsigned dead[VECTORS] = {};  // the lanes with φ'(z) = 0, as bits
-  Vec<R> dweight[VECTORS];      // the share of a learnable activation's weight
+  Vec<R> dweight[VECTORS];  // the share of a learnable activation's weight
+  int counted = 0;          // elements with φ'(z) = 0; of an activation with a mask, those that are on
+
+  template <int COLUMNS>
+  VGKERN_INLINE void count(int j, Mask<R> mask, const Block<R, COLUMNS>& at) {
+    counted += __builtin_popcount(j < VECTORS - 1 ? bits(mask) : bits(mask) & at.bits());
+  }
 };
 
 template <class F, class T, class R, int VECTORS, int COLUMNS>
@@ -537,19 +548,18 @@ VGKERN_INLINE void differentiate(Derivative<R, VECTORS>& out, const F& activatio
   if constexpr (F::reads == Reads::nothing) {
     unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { out.dz[j] = dy[j]; });
   } else if constexpr (F::reads == Reads::mask) {
-    const Slopes<R> slopes = activation.slopes();
     Mask<R> on[VECTORS];
     if (z_of.tile.mask) {
-      load_masks(on, z_of.tile.mask, at);
+      out.counted = load_masks(on, z_of.tile.mask, at);
     } else {
       Vec<R> z[VECTORS];
       z_of(z, d, at);
-      unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { on[j] = activation.on(z[j]); });
+      unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
+        on[j] = activation.on(z[j]);
+        out.count(j, on[j], at);
+      });
     }
-    unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
-      out.dz[j] = activation.backward(dy[j], on[j]);
-      out.dead[j] = (slopes.off == 0 ? bits(~on[j]) : 0) | (slopes.on == 0 ? bits(on[j]) : 0);
-    });
+    unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { out.dz[j] = activation.backward(dy[j], on[j]); });
   } else {
     Vec<R> z[VECTORS];
     z_of(z, d, at);
@@ -557,7 +567,7 @@ VGKERN_INLINE void differentiate(Derivative<R, VECTORS>& out, const F& activatio
       if constexpr (F::has_weight) {
         const Vec<R> slope = activation.derivative(z[j], z_of.weight[j]);
         out.dz[j] = dy[j] * slope;
-        out.dead[j] = bits(slope == zero);
+        out.count(j, slope == zero, at);
         out.dweight[j] = activation.weight_gradient(dy[j], z[j]);
       } else {
         const Vec<R> slope = activation.derivative(z[j]);
@@ -566,7 +576,7 @@ VGKERN_INLINE void differentiate(Derivative<R, VECTORS>& out, const F& activatio
         } else {
           out.dz[j] = dy[j] * slope;
         }
-        out.dead[j] = bits(slope == zero);
+        out.count(j, slope == zero, at);
       }
     });
   }
@@ -688,7 +698,18 @@ struct ReducePass {
   const F activation{tile.activation_args};
   LaneSums<R, 0, F::has_weight ? kDzResidualDeviation : kDead> sums{tile};
   LaneSums<R, kDzResidualDeviation, kDxSquares> residual_sums{tile, tile.normalises_residual};
-  int64_t dead = 0;
+  int64_t counted = 0;  // by Derivative
+
+  // Elements of the tile with φ'(z) = 0.
+  int64_t dead() const {
+    if constexpr (F::reads == Reads::mask) {
+      const Slopes<R> slopes = activation.slopes();
+      const int64_t off = tile.runs * tile.channels * tile.width - counted;
+      return (slopes.off == 0 ? off : 0) + (slopes.on == 0 ? counted : 0);
+    } else {
+      return counted;
+    }
+  }
 
   template <int COLUMNS>
   struct Stretch {
@@ -736,10 +757,8 @@ struct ReducePass {
         if constexpr (F::has_weight) dweight.add(j, Term(d.dweight[j]));
       });
       if (tile.record) {
-        unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
-          dy_squares.add_product(j, S(dy[j]), S(dy[j]));
-          pass.dead += __builtin_popcount(j < VECTORS - 1 ? d.dead[j] : d.dead[j] & at.bits());
-        });
+        pass.counted += d.counted;
+        unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { dy_squares.add_product(j, S(dy[j]), S(dy[j])); });
       }
     }
     VGKERN_INLINE void end_strip() {
@@ -765,7 +784,7 @@ void reduce_tile(const Tile& tile) {
   walk(pass);
   pass.sums.finish();
   pass.residual_sums.finish();
-  tile.sums[kDead * tile.padded_channels] += static_cast<double>(pass.dead);
+  if (tile.record) tile.sums[kDead * tile.padded_channels] += static_cast<double>(pass.dead());
 }
 
 template <class T, class F>
