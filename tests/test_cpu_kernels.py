@@ -359,6 +359,7 @@ def test_record_counts_dead_and_nonfinite_elements(isa, dtype, rows):
     arguments, dy = _arguments((3, 19, 5, 3), dtype, mode="none", rows=rows)
     x, residual = arguments[:2]
     dy[0, 0, 0, 0], dy[1, 5, 2, 1], dy[2, 18, 4, 2] = math.inf, -math.inf, math.nan
+    dy[1, 6, 0, 0] = torch.finfo(dtype).max  # finite, if only just
     record = _record(_forward_and_backward(arguments, dy))
     assert record["nonfinite"] == 3
     assert record["dead"] == (x.float() + residual.float() <= 0).sum().item()
