@@ -151,6 +151,13 @@ def test_every_instruction_set_against_float64(isa, layout, dtype):
         Case(activation, dtype, layout, training).assert_passes("cpu")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_rows_of_many_channels(isa, dtype):
+    """Columns of vectors in pairs, and one that is left over and has a tail; several bands of rows."""
+    for activation, training in itertools.product(("relu", "prelu", "gelu"), (True, False)):
+        Case(activation, dtype, "channels_last", training, shape=(5, 71, 9, 3)).assert_passes("cpu")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mask_bits_and_the_gradient_made_from_them(isa, dtype):
     """In mode "none" z is x + residual to the bit, so the mask must be the reference's, for every width of a tail."""
@@ -359,6 +366,7 @@ def test_record_counts_dead_and_nonfinite_elements(isa, dtype, rows):
     arguments, dy = _arguments((3, 19, 5, 3), dtype, mode="none", rows=rows)
     x, residual = arguments[:2]
     dy[0, 0, 0, 0], dy[1, 5, 2, 1], dy[2, 18, 4, 2] = math.inf, -math.inf, math.nan
+    dy[1, 6, 0, 0] = torch.finfo(dtype).max  # finite, if only just
     record = _record(_forward_and_backward(arguments, dy))
     assert record["nonfinite"] == 3
     assert record["dead"] == (x.float() + residual.float() <= 0).sum().item()

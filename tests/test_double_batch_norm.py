@@ -189,9 +189,9 @@ def test_records_of_what_is_not_finite(backend):
 
 
 @pytest.mark.parametrize("of_x", [True, False])
-def test_the_norm_of_a_gradient_that_cancels(backend, of_x):
+@pytest.mark.parametrize("shape", [(4, C, 16, 10), (4, C, 13, 11)], ids=["whole vectors", "tails"])
+def test_the_norm_of_a_gradient_that_cancels(backend, shape, of_x):
     """dz along x̂, or r̂, of which that batch norm leaves little, and the other what it will."""
-    shape = (4, C, 16, 10)
     norm, shortcut = (BatchNormAct2d(C, activation=None, eps=1e-12) for _ in range(2))
     x, residual = inputs(shape=shape)
     along = (x if of_x else residual).detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from subprocess import CompletedProcess
 
@@ -13,6 +14,23 @@ def test_every_fault_changes_a_text_that_stands_once():
     assert mutants.out_of_date(mutants.FAULTS) == []
     assert len(mutants.FAULTS) >= 30
     assert {fault.file.partition("/")[0] for fault in mutants.FAULTS} == {"kernels", "csrc", "vgkern"}
+
+
+def test_every_fault_names_tests_that_exist():
+    paths = sorted({path for fault in mutants.FAULTS for path in fault.tests.partition("|")[0].split()})
+    listed = mutants.pytest(mutants.ROOT, "--collect-only", "-qq", *paths).stdout
+    found = re.findall(r"^tests/.+::.+$", listed, re.MULTILINE)
+
+    def selects(expression: str, test: str) -> bool:
+        """As -k does it, for the words, parentheses, and, or and not that stand there."""
+        words = re.sub(r"\b(?!(?:and|or|not)\b)[\w.]+", lambda word: str(word[0].lower() in test.lower()), expression)
+        return bool(eval(words or "True"))
+
+    for fault in mutants.FAULTS:
+        paths, _, expression = fault.tests.partition("|")
+        for path in paths.split():
+            assert any(test.startswith(path) for test in found), fault
+        assert any(test.startswith(tuple(paths.split())) and selects(expression, test) for test in found), fault
 
 
 def test_a_fault_that_is_out_of_date_is_named():
