@@ -45,6 +45,14 @@ def test_torchvision(name):
     _check(getattr(models, name)(weights=None, num_classes=10), lambda net: net(x))
 
 
+def test_torchvisions_segmentation():
+    """Its backbone is a container with a forward of its own; what its model returns is a dictionary."""
+    models = pytest.importorskip("torchvision.models")
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    model = models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=4)
+    _check(model, lambda net: net(x)["out"])
+
+
 @pytest.mark.parametrize(
     ("name", "all_of_them"),
     [("resnet18", True), ("resnet26d", True), ("seresnet50", True), ("vgg11_bn", True), ("selecsls42b", True),
