@@ -5,17 +5,18 @@ layers Xavier's "completely stalls", for a ReLU halves the second moment and Xav
 the signal and the gradient shrink by √½ a layer. Its own variance, 2 / fan_in, keeps both.
 
 Here: fully connected nets, 256 units wide, without batch norm, on the digits (the paper: convolutions, ImageNet), by
-SGD with momentum 0.9 at a learning rate of 0.005, batches of 64, one seed. The gradient is that of one batch before
-training, first hidden layer divided by last, read from the backward kernels by a GradientMonitor.
+SGD with momentum 0.9 at a learning rate that falls from 0.05 to 0, batches of 64. The gradient is that of one batch
+before training, first hidden layer divided by last, read from the backward kernels by a GradientMonitor.
 
     python examples/he_2015_rectifiers.py      # prints a table, writes he_2015_rectifiers.png; needs vgkern[demo]
 
-Measured (torch 2.13, one CPU thread), accuracy on unseen images after 30 epochs: 22 layers 92 % from Xavier's and 97 %
-from Kaiming's; 30 layers 10 % and 97 %. The first layer's gradient is 1.2e-3 and 4.8e-5 of the last's from Xavier's
+Measured (torch 2.13, one CPU thread), accuracy on unseen images after 50 epochs: 22 layers 97 % from Xavier's and 98 %
+from Kaiming's; 30 layers 10 % and 98 %. The first layer's gradient is 1.2e-3 and 4.8e-5 of the last's from Xavier's
 (√½ a layer: 9.8e-4 and 6.1e-5), and 1.2 and 0.8 of it from Kaiming's.
 
-Width and learning rate were chosen. With 128 units and a rate of 0.01, 30 layers stalled from Xavier's as well, but
-from Kaiming's they learnt unsteadily (58 % after 40 epochs), and at 0.03 they ended in NaN.
+Other than in the paper, the norm of the gradient is clipped at 1, lest luck decide: without, at a constant rate of
+0.005, three seeds of Xavier's 22 layers ended between 54 % and 92 % after 30 epochs, of Kaiming's 30 between 70 % and
+97 %; now nine end between 93 % and 97 %, and 96 % and 98 %. Clipping shortens steps: it helps no net that stalls.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from _common import Data, accuracy, arguments, panels, print_table, smooth, train
 from torch import nn
 
-from vgkern.gradients import GradientMonitor
+from vgkern.gradients import GradientClipper, GradientMonitor
 from vgkern.init import init_weights_
 from vgkern.nn import AddAct
 
@@ -55,16 +56,23 @@ def first_to_last(net: nn.Module, data: Data) -> float:
     return norms[0] / norms[-1]
 
 
-def main(out: Path, data: Data, epochs: int = 30, **options: int) -> dict[tuple[int, str], dict]:
+def fit(net: nn.Module, data: Data, epochs: int, batch_size: int = 64) -> list[float]:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, epochs * (len(data.train_labels) // batch_size))
+    GradientClipper(optimizer, 1.0)  # from here on the optimiser's own step clips
+    optimizer.register_step_post_hook(lambda *_: schedule.step())
+    return train(net, optimizer, data, epochs=epochs, batch_size=batch_size)
+
+
+def main(out: Path, data: Data, epochs: int = 50, seed: int = 0, **options: int) -> dict[tuple[int, str], dict]:
     results = {}
 
     def rows():
         for (depth, scheme), claim in CLAIMS.items():
-            torch.manual_seed(0)
+            torch.manual_seed(seed)
             net = make_net(depth, scheme, data, **options)
             gradient = first_to_last(net, data)
-            optimizer = torch.optim.SGD(net.parameters(), lr=0.005, momentum=0.9)
-            losses = train(net, optimizer, data, epochs=epochs, batch_size=64)
+            losses = fit(net, data, epochs)
             right = accuracy(net, data.test_images, data.test_labels)
             results[depth, scheme] = {"gradient": gradient, "losses": losses, "accuracy": right}
             yield f"{depth} layers, {scheme}", f"{gradient:.1e}", f"{losses[-1]:.3f}", f"{100 * right:.1f} %", claim

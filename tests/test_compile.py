@@ -44,19 +44,19 @@ def _fresh_dynamo():
 def _assert_trains_alike(compiled, module, eager, inputs) -> None:
     """Outputs, gradients, statistics and records of a few steps."""
     for x in inputs:
-        torch.testing.assert_close(compiled(x), eager(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled(x), eager(x), rtol=1e-5, atol=1e-5)
         for model in (compiled, eager):
             model(x).square().sum().backward()
     for (name, ours), theirs in zip(module.named_parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4, msg=name)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5, msg=name)
     for (name, ours), theirs in zip(module.state_dict().items(), eager.state_dict().values(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=name)
     layers = [name for name, layer in eager.named_modules() if hasattr(layer, "grad_stats")]
     assert layers
     for name in layers:
         ours, theirs = module.get_submodule(name).grad_stats(), eager.get_submodule(name).grad_stats()
         for field in GradStats.__dataclass_fields__:
-            assert getattr(ours, field) == pytest.approx(getattr(theirs, field), rel=1e-4, nan_ok=True), (name, field)
+            assert getattr(ours, field) == pytest.approx(getattr(theirs, field), rel=1e-5, nan_ok=True), (name, field)
 
 
 # Inductor's own convolutions hold for one height and width only, whatever follows them.
@@ -118,7 +118,7 @@ def test_checkpoints_inside_a_compiled_function():
         x.grad = None
         call(x).square().sum().backward()
         gradients.append(x.grad)
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer.running_var, eager.running_var)
     assert layer.grad_stats().backwards == 1
     assert layer.grad_stats().gain == pytest.approx(eager.grad_stats().gain, rel=1e-5)

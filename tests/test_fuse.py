@@ -368,6 +368,43 @@ def test_a_model_that_cannot_be_traced_is_fused_module_by_module():
     assert_same(model, fused, x())
 
 
+class Getter(nn.ModuleDict):
+    """A container with a forward of its own, as torchvision's IntermediateLayerGetter."""
+
+    def __init__(self):
+        super().__init__({"conv": nn.Conv2d(C, C, 1), "bn": nn.BatchNorm2d(C), "act": nn.ReLU()})
+        self["block"] = make("return self.act(self.bn(self.conv(x)) + x)")
+
+    def forward(self, x):
+        kept = {}
+        for name, module in self.items():
+            x = module(x)
+            kept[name] = x
+        return kept["act"] + kept["block"]
+
+
+class ReadsMembers(nn.Module):
+    """Untraceable, and goes past the forward of its container."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = Getter()
+
+    def forward(self, x):
+        if x.shape[0] > 100:
+            raise ValueError("too many")
+        return self.body["bn"](x)
+
+
+def test_a_container_with_a_forward_of_its_own_is_read_and_one_that_others_read_is_left():
+    model = Getter()
+    fused = vgkern.fuse(model)
+    assert operations(fused) == {"bn": (BN, "relu"), "block.bn": (BN, ADD, "relu")}
+    assert_same(model, fused, x())
+    model = ReadsMembers()
+    assert "the forward of ReadsMembers cannot be traced" in left(vgkern.fuse(model))["body.bn"]
+
+
 class Encoder(nn.Module):
     def __init__(self):
         super().__init__()

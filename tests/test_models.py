@@ -372,7 +372,7 @@ def test_a_plain_resnet_is_fused_and_a_fused_one_unfused():
     unfused = vgkern.unfuse(net)
     assert not any(hasattr(module, "grad_stats") for module in unfused.modules())
     assert type(unfused.bn1) is type(vgkern.models.resnet18(fused=False).bn1)
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)  # four pixels a channel at the end: with one, two samples cancel
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)  # one pixel a channel at the end, where two samples would cancel
     torch.testing.assert_close(unfused.double()(x), net.double()(x))
 
 

@@ -41,13 +41,12 @@ class Norm(NamedTuple):
         tensors = (None if t is None else t.to(dtype) for t in self[:4])
         return Norm._make((*tensors, self.momentum, self.eps))
 
-    @property
-    def per_channel(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        return self.running_mean, self.running_var, self.weight, self.bias
-
 
 class _Config(NamedTuple):
-    """What of a call is not a tensor."""
+    """What of a call is not a tensor. The first five are the operators' settings.
+
+    (A slice, no property: torch.compile of PyTorch 2.9 does not trace a named tuple's properties.)
+    """
 
     training: bool
     eps: float
@@ -57,17 +56,13 @@ class _Config(NamedTuple):
     save_mask: bool
     memory_format: torch.memory_format
 
-    @property
-    def settings(self) -> tuple[bool, float, float, str, tuple[float, ...]]:
-        return self[:5]
-
 
 def check(
     input: Tensor, residual: Tensor, spec: ActivationSpec, activation_weight: Tensor | None,
     norm: Norm, residual_norm: Norm, training: bool,
 ) -> bool:  # fmt: skip
     """Refuse what either batch norm refuses; returns whether the call is ``ops.unwatched``."""
-    of_x, of_residual = norm.per_channel, residual_norm.per_channel
+    of_x, of_residual = norm[2:4] + norm[:2], residual_norm[2:4] + residual_norm[:2]  # the running statistics first
     direct, common = ops.look(training, (input, residual, *of_x, activation_weight))
     if residual is None or spec.row.learnable or not all(ops.are_plain_numbers(*n[4:]) for n in (norm, residual_norm)):
         common = False
@@ -95,7 +90,7 @@ class _DoubleBatchNormAct(torch.autograd.Function):
     ):  # fmt: skip
         return double_ops.double_batch_norm_act_forward(
             x, residual, weight, bias, running_mean, running_var, residual_weight, residual_bias,
-            residual_running_mean, residual_running_var, activation_weight, *config.settings, config.save_mask,
+            residual_running_mean, residual_running_var, activation_weight, *config[:5], config.save_mask,
         )  # fmt: skip
 
     @staticmethod
@@ -119,7 +114,7 @@ class _DoubleBatchNormActDirect(torch.autograd.Function):
         x, residual, weight, bias, residual_weight, residual_bias, activation_weight, _, _ = tensors
         y, statistics, mask = double_ops.run_forward(
             x, residual, weight, bias, *running, residual_weight, residual_bias, *residual_running, activation_weight,
-            *config.settings, config.save_mask,
+            *config[:5], config.save_mask,
         )  # fmt: skip
         _save(ctx, (*tensors, *running, *residual_running, config), statistics, mask)
         # What hooks hand back in the backward pass may be any kind of tensor.
@@ -160,7 +155,7 @@ def _backward(ctx, dy, run):
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         gradients = _second_order(ctx, dy)
     else:
-        gradients = run(dy, x, residual, mask, statistics, *parameters, *config.settings, needed)
+        gradients = run(dy, x, residual, mask, statistics, *parameters, *config[:5], needed)
     slope = parameters[-1]
     if slope is not None and needed[6]:
         gradients = (*gradients[:6], gradients[6].view_as(slope), *gradients[7:])
@@ -225,6 +220,6 @@ def apply(
     else:
         y, statistics, _ = double_ops.run_forward(
             input, residual, *norm[:2], *running, *residual_norm[:2], *residual_running, activation_weight,
-            *config.settings, False,
+            *config[:5], False,
         )  # fmt: skip
     return y, statistics

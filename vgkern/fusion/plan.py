@@ -121,7 +121,7 @@ def _is_batch_norm(module: nn.Module) -> bool:
 def _has_code_of_its_own(module: nn.Module) -> bool:
     """Whether a module computes by calling others: not a container, not one of torch.nn's operations or of ours."""
     if isinstance(module, _CONTAINERS):
-        return False
+        return type(module).forward is not nn.Module.forward
     package = type(module).__module__
     return isinstance(module, nn.Sequential) or not package.startswith(("torch.nn.modules", "vgkern.nn"))
 
