@@ -363,25 +363,30 @@ def _affine(mean, scale, bias, slope, COMPUTE: tl.constexpr, ROWS: tl.constexpr,
 
 
 @triton.jit
+def _finite(x):
+    """x, 0 in the place of inf and NaN: what a low part is multiplied with, for inf·scale_lo may be −inf or NaN."""
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@triton.jit
 def _pre_activation(x, affine, residual_ptr, offset, inside, NORMALISE: tl.constexpr):
     """z = (x − mean)·scale + bias + residual, and x − mean. Forward and backward share its order of rounding.
 
-    Where x is the mean, z is bias + residual to the bit.
+    Where x is the mean, z is bias + residual to the bit. The residual comes after the product, and low parts last: a
+    sum of opposite terms is exact and small, and what was rounded off a larger sum before it would show in z.
     """
-    if residual_ptr is not None:
-        residual = tl.load(residual_ptr + offset, mask=inside, other=0.0).to(x.dtype)
     if NORMALISE:
         mean_hi, mean_lo, scale_hi, scale_lo, shift, _ = affine
         centred = (x - mean_hi) - mean_lo
-        if residual_ptr is not None:
-            shift = shift + residual
-        # The low part is no business of an infinite x: inf·scale_lo may be −inf or NaN.
-        shift = tl.fma(tl.where(tl.abs(centred) < float("inf"), centred, 0.0), scale_lo, shift)
-        return tl.fma(centred, scale_hi, shift), centred
-    elif residual_ptr is not None:
-        return x + residual, x
+        z = tl.fma(centred, scale_hi, shift)
     else:
-        return x, x
+        centred = x
+        z = x
+    if residual_ptr is not None:
+        z += tl.load(residual_ptr + offset, mask=inside, other=0.0).to(x.dtype)
+    if NORMALISE:
+        z = tl.fma(_finite(centred), scale_lo, z)
+    return z, centred
 
 
 @triton.jit

@@ -50,6 +50,7 @@ from .batch_norm import (
     _counts,
     _cut,
     _derivative,
+    _finite,
     _geometry,
     _gradient_sums,
     _gradient_terms,
@@ -90,20 +91,13 @@ _NUM_TALLIES = 4
 
 
 @triton.jit
-def _finite(x):
-    """x, 0 in the place of inf and NaN: what a low part is multiplied with, for inf·scale_lo may be −inf or NaN."""
-    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
-
-
-@triton.jit
 def _pre_activation(x, residual, affine, residual_affine):
     """z, x − mean and residual − its mean. Where both are their means, z is the sum of the biases to the bit."""
     centred = (x - affine[0]) - affine[1]
     residual_centred = (residual - residual_affine[0]) - residual_affine[1]
-    z = tl.fma(_finite(residual_centred), residual_affine[3], affine[4] + residual_affine[4])
-    z = tl.fma(_finite(centred), affine[3], z)
-    z = tl.fma(residual_centred, residual_affine[2], z)
-    return tl.fma(centred, affine[2], z), centred, residual_centred
+    z = tl.fma(centred, affine[2], affine[4]) + tl.fma(residual_centred, residual_affine[2], residual_affine[4])
+    z = tl.fma(_finite(residual_centred), residual_affine[3], z)
+    return tl.fma(_finite(centred), affine[3], z), centred, residual_centred
 
 
 @triton.jit

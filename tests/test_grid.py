@@ -27,6 +27,12 @@ def test_full_grid_in_the_interpreter(activation):
         case.assert_passes("triton")
 
 
+@pytest.mark.parametrize("layer", ["batch_norm_act", "double_batch_norm_act"])
+def test_nothing_is_lost_where_terms_of_z_are_opposite(backend, layer):
+    """x̂·γ is large and cancels with bias and residual: what was rounded off either before would show in φ'(z)."""
+    Case("tanh", training=False, shape=(129, 70), layer=layer).assert_passes(backend)
+
+
 def _explain(case: Case, backend: str) -> str:
     return f"{case}\n{testing.format_rows(case.check(backend))}"
 
