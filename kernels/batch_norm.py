@@ -363,9 +363,16 @@ def _affine(mean, scale, bias, slope, COMPUTE: tl.constexpr, ROWS: tl.constexpr,
 
 
 @triton.jit
-def _finite(x):
-    """x, 0 in the place of inf and NaN: what a low part is multiplied with, for inf·scale_lo may be −inf or NaN."""
-    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+def _low_part(x, difference, mean_hi, mean_lo, scale_hi, scale_lo):
+    """(x − mean)·scale less (x − mean_hi, rounded)·scale_hi; 0 for an x of inf or NaN, which have none.
+
+    What the difference lost is had exactly (Knuth's two-sum): of a mean that is no neighbour of x it is as much as z's
+    own rounding.
+    """
+    virtual = difference - x
+    lost = (x - (difference - virtual)) - (mean_hi + virtual)
+    low = tl.fma(difference, scale_lo, (lost - mean_lo) * scale_hi)
+    return tl.where(tl.abs(low) < float("inf"), low, 0.0)
 
 
 @triton.jit
@@ -377,15 +384,16 @@ def _pre_activation(x, affine, residual_ptr, offset, inside, NORMALISE: tl.const
     """
     if NORMALISE:
         mean_hi, mean_lo, scale_hi, scale_lo, shift, _ = affine
-        centred = (x - mean_hi) - mean_lo
-        z = tl.fma(centred, scale_hi, shift)
+        difference = x - mean_hi
+        centred = difference - mean_lo
+        z = tl.fma(difference, scale_hi, shift)
     else:
         centred = x
         z = x
     if residual_ptr is not None:
         z += tl.load(residual_ptr + offset, mask=inside, other=0.0).to(x.dtype)
     if NORMALISE:
-        z = tl.fma(_finite(centred), scale_lo, z)
+        z += _low_part(x, difference, mean_hi, mean_lo, scale_hi, scale_lo)
     return z, centred
 
 

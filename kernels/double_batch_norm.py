@@ -50,13 +50,13 @@ from .batch_norm import (
     _counts,
     _cut,
     _derivative,
-    _finite,
     _geometry,
     _gradient_sums,
     _gradient_terms,
     _gradient_totals,
     _group_sums,
     _input_gradient,
+    _low_part,
     _merge,
     _moments,
     _no_sums,
@@ -93,11 +93,14 @@ _NUM_TALLIES = 4
 @triton.jit
 def _pre_activation(x, residual, affine, residual_affine):
     """z, x − mean and residual − its mean. Where both are their means, z is the sum of the biases to the bit."""
-    centred = (x - affine[0]) - affine[1]
-    residual_centred = (residual - residual_affine[0]) - residual_affine[1]
-    z = tl.fma(centred, affine[2], affine[4]) + tl.fma(residual_centred, residual_affine[2], residual_affine[4])
-    z = tl.fma(_finite(residual_centred), residual_affine[3], z)
-    return tl.fma(_finite(centred), affine[3], z), centred, residual_centred
+    difference = x - affine[0]
+    residual_difference = residual - residual_affine[0]
+    z = tl.fma(difference, affine[2], affine[4]) + tl.fma(residual_difference, residual_affine[2], residual_affine[4])
+    z += _low_part(
+        residual, residual_difference, residual_affine[0], residual_affine[1], residual_affine[2], residual_affine[3]
+    )
+    z += _low_part(x, difference, affine[0], affine[1], affine[2], affine[3])
+    return z, difference - affine[1], residual_difference - residual_affine[1]
 
 
 @triton.jit
