@@ -1195,13 +1195,17 @@ def _geometry(x: Tensor, shape: Shape, blocks: tuning.Blocks) -> _Geometry:
     )  # fmt: skip
 
 
-def _register_limit(rows: bool) -> dict[str, int]:
-    """The option of ``backward_apply`` that keeps ptxas from spilling.
+def _loop_options(x: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a kernel that walks tiles: with the limit that keeps ptxas from spilling.
 
-    In rows it would take 64 or 80 registers, so that one program more fits a multiprocessor, and spill up to 16 in the
-    loop. Told that two programs of eight warps are to fit, it takes what it needs: 74 to 116 (sm_90).
+    Left to itself it would save a few registers, so that one program more fits a multiprocessor, and spill in the loop:
+    backward_apply in planes, for sm_80, takes 48 and spills up to 8 times. Told that two programs of eight warps are to
+    fit, it takes what it needs up to there. float64 gets what a program can have. AMD's compiler has no such option.
     """
-    return {"maxnreg": 128} if rows and LANES == 32 and not INTERPRETED else {}
+    if LANES != 32 or INTERPRETED:
+        return options
+    most = 65536 // (LANES * options["num_warps"])
+    return {**options, "maxnreg": min(248 if x.dtype == torch.float64 else 128, most)}
 
 
 def _slope_stride(activation_weight: Tensor | None) -> int:
@@ -1264,7 +1268,7 @@ def forward_launches(
         "running_mean_ptr": running_mean, "running_var_ptr": running_var, "partials_ptr": partials, **cut,
         "SPLITS": _splits_at_once(blocks.num_splits) if over_batch else 1, "STAGES": blocks.apply_stages,
     }  # fmt: skip
-    return [*launches, _launch(forward_apply_kernel, grid, apply, options)]
+    return [*launches, _launch(forward_apply_kernel, grid, apply, _loop_options(x, options))]
 
 
 def backward_launches(
@@ -1341,7 +1345,7 @@ def backward_launches(
         ]
     else:
         reduce = {**first, **cut, "NEEDS_XHAT": needs_xhat, "STAGES": blocks.stages}
-        launches = [_launch(backward_reduce_kernel, grid, reduce, options)]
+        launches = [_launch(backward_reduce_kernel, grid, reduce, _loop_options(x, options))]
 
     splits = _splits_at_once(blocks.num_splits)
     finish_channels = min(tuning.power_of_two(shape.num_channels), _FINISH // splits, _FINISH_CHANNELS)
@@ -1367,8 +1371,9 @@ def backward_launches(
             "ALONE_RUNS": alone_runs, "ALONE_INNER": alone_inner, "SPLITS": splits, "STAGES": blocks.apply_stages,
         }  # fmt: skip
         apply_grid = (1 + blocks.programs,)
-        apply_options = {**options, **_register_limit(shape.rows)}
-        launches.append(_launch(backward_apply_kernel, apply_grid, apply, apply_options, conditional=out_of_bounds))
+        launches.append(
+            _launch(backward_apply_kernel, apply_grid, apply, _loop_options(x, options), conditional=out_of_bounds)
+        )
     elif parameters or recorded:
         finish_options = {"num_warps": 8, "enable_fp_fusion": False}
         launches.append(_launch(backward_finish_kernel, (1,), finish, finish_options))
