@@ -1195,17 +1195,20 @@ def _geometry(x: Tensor, shape: Shape, blocks: tuning.Blocks) -> _Geometry:
     )  # fmt: skip
 
 
-def _loop_options(x: Tensor, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a kernel that walks tiles: with the limit that keeps ptxas from spilling.
+# Registers that ptxas may give a thread of a kernel that walks tiles, in planes and in rows. Left to itself it would
+# save a few, so that one program more fits a multiprocessor, and spill in the loop: for sm_80 backward_apply in planes
+# took 48 and spilled up to 8 times. Told a limit it takes what it needs up to there. 64 are an occupancy of 50 %, 128
+# two programs of eight warps. One backward_reduce in planes takes 136 (sm_90); in rows of halves it takes 200, and with
+# 128 it spilled up to 65 times.
+_MAX_REGISTERS = {"forward_apply": (128, 128), "backward_reduce": (144, None), "backward_apply": (64, 128)}
 
-    Left to itself it would save a few registers, so that one program more fits a multiprocessor, and spill in the loop:
-    backward_apply in planes, for sm_80, takes 48 and spills up to 8 times. Told that two programs of eight warps are to
-    fit, it takes what it needs up to there. float64 gets what a program can have. AMD's compiler has no such option.
-    """
-    if LANES != 32 or INTERPRETED:
+
+def _loop_options(kernel: str, x: Tensor, rows: bool, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a kernel that walks tiles. AMD's compiler knows no limit of registers; float64 takes two each."""
+    limit = _MAX_REGISTERS[kernel][rows]
+    if LANES != 32 or INTERPRETED or limit is None or x.dtype == torch.float64:
         return options
-    most = 65536 // (LANES * options["num_warps"])
-    return {**options, "maxnreg": min(248 if x.dtype == torch.float64 else 128, most)}
+    return {**options, "maxnreg": min(limit, 65536 // (LANES * options["num_warps"]))}
 
 
 def _slope_stride(activation_weight: Tensor | None) -> int:
@@ -1268,7 +1271,10 @@ def forward_launches(
         "running_mean_ptr": running_mean, "running_var_ptr": running_var, "partials_ptr": partials, **cut,
         "SPLITS": _splits_at_once(blocks.num_splits) if over_batch else 1, "STAGES": blocks.apply_stages,
     }  # fmt: skip
-    return [*launches, _launch(forward_apply_kernel, grid, apply, _loop_options(x, options))]
+    return [
+        *launches,
+        _launch(forward_apply_kernel, grid, apply, _loop_options("forward_apply", x, shape.rows, options)),
+    ]
 
 
 def backward_launches(
@@ -1345,7 +1351,8 @@ def backward_launches(
         ]
     else:
         reduce = {**first, **cut, "NEEDS_XHAT": needs_xhat, "STAGES": blocks.stages}
-        launches = [_launch(backward_reduce_kernel, grid, reduce, _loop_options(x, options))]
+        reduce_options = _loop_options("backward_reduce", x, shape.rows, options)
+        launches = [_launch(backward_reduce_kernel, grid, reduce, reduce_options)]
 
     splits = _splits_at_once(blocks.num_splits)
     finish_channels = min(tuning.power_of_two(shape.num_channels), _FINISH // splits, _FINISH_CHANNELS)
@@ -1371,9 +1378,8 @@ def backward_launches(
             "ALONE_RUNS": alone_runs, "ALONE_INNER": alone_inner, "SPLITS": splits, "STAGES": blocks.apply_stages,
         }  # fmt: skip
         apply_grid = (1 + blocks.programs,)
-        launches.append(
-            _launch(backward_apply_kernel, apply_grid, apply, _loop_options(x, options), conditional=out_of_bounds)
-        )
+        apply_options = _loop_options("backward_apply", x, shape.rows, options)
+        launches.append(_launch(backward_apply_kernel, apply_grid, apply, apply_options, conditional=out_of_bounds))
     elif parameters or recorded:
         finish_options = {"num_warps": 8, "enable_fp_fusion": False}
         launches.append(_launch(backward_finish_kernel, (1,), finish, finish_options))

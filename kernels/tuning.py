@@ -73,9 +73,9 @@ TABLE: dict[tuple[str, str, str], Limits] = {
     ),
     ("planes", "float32", "small"): Limits(1024, 1024, 8192, 512, 32, 128, 4, 1, _FEW),
     ("planes", "half", "large"): Limits(
-        2048, 2048, 8192, 1024, 128, 256, 4, 1, "the same: one 16-byte load, twice the elements"
+        2048, 2048, 8192, 1024, 128, 256, 5, 1, "the same: one 16-byte load, twice the elements"
     ),
-    ("planes", "half", "small"): Limits(2048, 2048, 8192, 512, 32, 256, 4, 1, _FEW),
+    ("planes", "half", "small"): Limits(2048, 2048, 8192, 512, 32, 256, 5, 1, _FEW),
     ("planes", "float64", "large"): Limits(
         1024, 1024, 4096, 1024, 128, 128, 3, 1, "two registers an element: half of float32"
     ),
