@@ -27,10 +27,14 @@ def test_full_grid_in_the_interpreter(activation):
         case.assert_passes("triton")
 
 
+@pytest.mark.parametrize("shape", [(129, 70), (40, 2, 33, 31)], ids=str)
 @pytest.mark.parametrize("layer", ["batch_norm_act", "double_batch_norm_act"])
-def test_nothing_is_lost_where_terms_of_z_are_opposite(backend, layer):
-    """x̂·γ is large and cancels with bias and residual: what was rounded off either before would show in φ'(z)."""
-    Case("tanh", training=False, shape=(129, 70), layer=layer).assert_passes(backend)
+def test_nothing_is_lost_where_terms_of_z_are_opposite(backend, layer, shape):
+    """x̂·γ is large and cancels with bias and residual: what was rounded off either before would show in φ'(z).
+
+    Of the many elements of the second shape, some show what x less a mean that is no neighbour of it has lost.
+    """
+    Case("tanh", training=False, shape=shape, layer=layer).assert_passes(backend)
 
 
 def _explain(case: Case, backend: str) -> str:
