@@ -1196,11 +1196,11 @@ def _geometry(x: Tensor, shape: Shape, blocks: tuning.Blocks) -> _Geometry:
 
 
 # Registers that ptxas may give a thread of a kernel that walks tiles, in planes and in rows. Left to itself it would
-# save a few, so that one program more fits a multiprocessor, and spill in the loop: for sm_80 backward_apply in planes
-# took 48 and spilled up to 8 times. Told a limit it takes what it needs up to there. 64 are an occupancy of 50 % (with
-# 62, as much, it spilled 26 specialisations up to 8 times; with 64, three for sm_90, twice), 128 two programs of eight
-# warps. One backward_reduce in planes takes 136; in rows of halves it takes 200, and with 128 spilled up to 65 times.
-_MAX_REGISTERS = {"forward_apply": (128, 128), "backward_reduce": (144, None), "backward_apply": (64, 128)}
+# save a few, so that one program more fits a multiprocessor, and spill in the loop. Told a limit it takes what it needs
+# up to there: 128 are two programs of eight warps. None where a limit does worse: backward_apply in planes takes 48 to
+# 64 (for sm_80 some spill up to 8 times; with a limit of 62 or 64, others do for sm_90), backward_reduce in rows of
+# halves 200, and with 128 it spilled up to 65 times.
+_MAX_REGISTERS = {"forward_apply": (128, 128), "backward_reduce": (144, None), "backward_apply": (None, 128)}
 
 
 def _loop_options(kernel: str, x: Tensor, rows: bool, options: dict[str, Any]) -> dict[str, Any]:
