@@ -21,10 +21,11 @@ from setuptools.modified import newer_group
 # Without contraction: where the kernels want a·b + c in one rounding they say fma, and nowhere else is it one.
 FLAGS = ["-O2", "-g0", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
-# What each file of csrc/isa is compiled with beyond FLAGS; csrc/dispatch.cpp asks the machine for the same.
+# What each file of csrc/isa is compiled with beyond FLAGS; csrc/dispatch.cpp asks the machine for the same, but for
+# prefetchw, which does nothing on a processor with AVX2 that lacks it.
 X86_FLAGS = {
-    "avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"],
+    "avx2.cpp": ["-mavx2", "-mfma", "-mf16c", "-mprfchw"],
+    "avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprfchw"],
 }
 
 

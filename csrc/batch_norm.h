@@ -73,6 +73,9 @@ struct Backward : Common {
   double* dx_squares;
 };
 
+// Has the last level of cache taken to be of that size, which decides what is written past it; returns what it was.
+int64_t set_cache_bytes(int64_t bytes);
+
 void batch_norm_act_forward(const KernelTable& table, const Forward& call);
 void batch_norm_act_backward(const KernelTable& table, const Backward& call);
 

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "bandwidth.h"
+#include "batch_norm.h"
 #include "direct.h"
 #include "dispatch.h"
 #include "gradient_norm.h"
@@ -147,6 +148,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("kind"),
         "A function of csrc/simd_math.h over an array, in the instruction set in use; for tests. The kind is float32, "
         "coarse (float32 as half-precision tensors are computed with) or float64.");
+  m.def("set_cache_bytes", &set_cache_bytes, py::arg("bytes"),
+        "Has the last level of cache taken to be of that size, which decides what is written past it; returns what it "
+        "was. For tests.");
   m.def("pool_tensor", &pool_tensor, py::arg("shape"), py::arg("strides"), py::arg("code_and_bits"),
         "DLPack capsule of an uninitialised dense tensor in memory of the pool; None where there is none.");
   m.def("pool_stats", &pool_stats, "The fields of vgkern.memory.MemoryStats, in order.");

@@ -56,6 +56,10 @@ enum Sum : int {
 
 constexpr Parameter of_residual(Parameter which) { return static_cast<Parameter>(kParameters + which); }
 
+// How y, dx and dresidual are written: into the caches; past them, which needs every vector aligned; or past them by
+// way of a stage in the L1 cache, a run of planes at a time.
+enum class Outputs { cached, streamed, staged };
+
 // A part of x that one call works on: a stretch of `width` elements for each run and channel, or, where channels lie
 // across (rows), for each run alone.
 //
@@ -85,12 +89,14 @@ struct Tile {
   double dx_factor;  // what brings the norm of dx into its bounds; else 1
   bool normalises;   // or else z is x + residual to the bit, and the low parts play no part
   bool normalises_residual;
-  bool record;   // whether dy² and dead elements are counted
-  bool streams;  // whether y, dx and dresidual are written past the caches; only where every vector is aligned
+  bool record;  // whether dy² and dead elements are counted
+  Outputs outputs;
 };
 
 // Channels of a tile that is not across, at most.
 constexpr int kTileChannels = 16;
+// A run of planes is written by way of a stage only if it takes no more: a part of the L1 cache.
+constexpr int64_t kStageBytes = 16384;
 using TileFunction = void (*)(const Tile&);
 
 // One activation's inner kernels, indexed by DataType. Units: one read or write of a tensor of x's size.

@@ -99,6 +99,7 @@ VGKERN_INLINE void walk(Pass& pass) {
   if (!tile.across) {
     Lookout<T> lookout(tile);
     for (int64_t run = 0; run < tile.runs; ++run) {
+      pass.start_run(tile.offset + run * tile.stride);
       for (int64_t channel = 0; channel < tile.channels; ++channel) {
         typename Pass::template Stretch<1> stretch(pass, channel);
         Block<R, 1> at{};
@@ -127,6 +128,7 @@ VGKERN_INLINE void walk(Pass& pass) {
         }
         stretch.finish();
       }
+      pass.finish_run(tile.offset + run * tile.stride);
     }
     return;
   }
@@ -217,13 +219,23 @@ VGKERN_INLINE void load_block(Vec<R> (&v)[VECTORS], const T* base, const Block<R
   v[kLast] = COLUMNS == 2 || at.whole() ? load(p) : load(p, at.lanes, fill);
 }
 
+// Asks for the lines of an output that the walk comes to later: a store to a line that is not there holds up those that
+// follow it.
 template <int VECTORS, class T, class R, int COLUMNS>
-VGKERN_INLINE void store_block(const Vec<R> (&v)[VECTORS], T* base, const Block<R, COLUMNS>& at, bool streams) {
+VGKERN_INLINE void claim_block(T* base, const Block<R, COLUMNS>& at, Outputs outputs) {
+  if (outputs != Outputs::cached) return;
+  unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
+    if constexpr (j * kLanes<R> * sizeof(T) % 64 == 0) __builtin_prefetch(base + at.ahead + j * kLanes<R>, 1);
+  });
+}
+
+template <int VECTORS, class T, class R, int COLUMNS>
+VGKERN_INLINE void store_block(const Vec<R> (&v)[VECTORS], T* base, const Block<R, COLUMNS>& at, Outputs outputs) {
   constexpr int kLast = VECTORS - 1;
   if (COLUMNS == 1 && !at.whole()) {
     unroll<kLast>([&](auto j) VGKERN_LAMBDA { store(base + at.element_of(j), v[j]); });
     store(base + at.element_of(kLast), v[kLast], at.lanes);
-  } else if (streams) {
+  } else if (outputs == Outputs::streamed) {
     unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { stream(base + at.element_of(j), v[j]); });
   } else if constexpr (VECTORS == 1) {
     store(base + at.element_of(0), v[0]);
@@ -339,6 +351,52 @@ struct WideSum {
 template <class T, class R, class S, int COLUMNS>
 using CancellingSum = std::conditional_t<sizeof(T) == 2, StretchSum<R, S, COLUMNS>, WideSum<R, COLUMNS>>;
 
+// Outputs of a pass over planes that are staged: for each run the tile's pointer leads to the stage, whose whole cache
+// lines then go past the caches.
+template <class T, int COUNT>
+class Stages {
+ public:
+  template <class... Pointers>
+  VGKERN_INLINE explicit Stages(Tile& tile, Pointers... outputs)
+      : tile_(tile), outputs_{outputs...}, targets_{static_cast<T*>(tile.*outputs)...} {}
+
+  VGKERN_INLINE void start(int64_t first) {
+    if (tile_.outputs != Outputs::staged) return;
+    for (int i = 0; i < COUNT; ++i) {
+      if (targets_[i]) tile_.*outputs_[i] = reinterpret_cast<T*>(stages_[i]) - first;
+    }
+  }
+
+  VGKERN_INLINE void finish(int64_t first) {
+    if (tile_.outputs != Outputs::staged) return;
+    for (int i = 0; i < COUNT; ++i) {
+      if (targets_[i]) stream_run(stages_[i], targets_[i] + first);
+    }
+  }
+
+ private:
+  VGKERN_INLINE void stream_run(const char* from, T* target) const {
+    char* to = reinterpret_cast<char*>(target);
+    char* const end = to + tile_.channels * tile_.width * static_cast<int64_t>(sizeof(T));
+    const auto copy = [&](int64_t bytes) VGKERN_LAMBDA {
+      std::memcpy(to, from, bytes);
+      to += bytes;
+      from += bytes;
+    };
+    const int64_t before = -reinterpret_cast<uintptr_t>(to) % 64;  // the first line
+    copy(before < end - to ? before : end - to);
+    for (; end - to >= 64; to += 64, from += 64) {
+      stream(reinterpret_cast<float*>(to), load(reinterpret_cast<const float*>(from)));
+    }
+    copy(end - to);
+  }
+
+  Tile& tile_;
+  void* Tile::* const outputs_[COUNT];
+  T* const targets_[COUNT];
+  alignas(64) char stages_[COUNT][kStageBytes];
+};
+
 // Rows [kFirst, kEnd) of a tile's sums, by channel and lane. Lanes are channels where those lie across; else they are
 // added up once a tile, which for planes of a few vectors would be most of the arithmetic if done once a plane.
 template <class R, int kFirst, int kEnd>
@@ -425,7 +483,7 @@ struct NormalisedResidual {
     const auto scale = parameter(kInputScale), slope = parameter(kInputSlope), shift = parameter(kInputShift);
     unroll<VECTORS>([&](auto j)
                         VGKERN_LAMBDA { dresidual[j] = fma(values[j], scale[j], fma(e[j], slope[j], shift[j])); });
-    store_block(dresidual, static_cast<T*>(tile.dresidual), at, tile.streams);
+    store_block(dresidual, static_cast<T*>(tile.dresidual), at, tile.outputs);
     if (!tile.sums) return;
     WideSum<R, COLUMNS> sum;
     unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
@@ -456,7 +514,7 @@ struct NormalisedResidual {
     if (!tile.dresidual) return;
     const PerColumn<R, COLUMNS> scale = parameter(kInputScale);
     unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { dresidual[j] = values[j] * scale[j]; });
-    store_block(dresidual, static_cast<T*>(tile.dresidual), at, tile.streams);
+    store_block(dresidual, static_cast<T*>(tile.dresidual), at, tile.outputs);
   }
 
   VGKERN_NOINLINE void call_add() { add_here(); }
@@ -480,8 +538,20 @@ struct NormalisedResidual {
   }
 };
 
+// Whether a tile is that of a usual backward: over the batch's statistics, its mask saved, and no second batch norm.
+//
+// Such a tile has code of its own, where what it has need not be asked of each block, and none is for what it has not.
+// That takes a third less time. It is also a third as long, and of that more hangs than the length would say: loops
+// that lay strewn over several pages took up to three times as long in one copy of a file as in another of the same
+// bytes (Zen 5). Where z is evaluated that takes most of the time, and there is none.
+template <class F>
+VGKERN_INLINE bool is_usual(const Tile& tile) {
+  return tile.x && tile.normalises && !tile.normalises_residual && !tile.dz &&
+         (F::reads == Reads::nothing || (F::reads == Reads::mask && tile.mask));
+}
+
 // z and its way there.
-template <class T, int COLUMNS, bool OUT_OF_LINE = false>
+template <class T, int COLUMNS, bool USUAL = false, bool OUT_OF_LINE = false>
 struct PreActivation {
   using R = Opmath<T>;
 
@@ -510,7 +580,7 @@ struct PreActivation {
   template <int VECTORS>
   VGKERN_INLINE void operator()(Vec<R> (&z)[VECTORS], const Vec<R> (&d)[VECTORS], const Block<R, COLUMNS>& at) const {
     unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { z[j] = fma(d[j], scale[j], shift[j]); });
-    if (tile.normalises_residual) {
+    if (!USUAL && tile.normalises_residual) {
       NormalisedResidual<T, VECTORS, COLUMNS, OUT_OF_LINE> residual(tile, channel, at, z);
       residual.add();
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { z[j] = residual.values[j]; });
@@ -521,7 +591,7 @@ struct PreActivation {
     }
     // Last, for a sum of opposite terms is exact, and small, and the low parts then are not. Half precision does not
     // see them.
-    if (sizeof(T) > 2 && tile.normalises) {
+    if (sizeof(T) > 2 && (USUAL || tile.normalises)) {
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { z[j] = z[j] + fma(d[j], scale_low[j], shift_low[j]); });
     }
   }
@@ -540,16 +610,16 @@ struct Derivative {
   }
 };
 
-template <class F, class T, class R, int VECTORS, int COLUMNS>
+template <bool USUAL, class F, class T, class R, int VECTORS, int COLUMNS>
 VGKERN_INLINE void differentiate(Derivative<R, VECTORS>& out, const F& activation,
-                                 const PreActivation<T, COLUMNS, true>& z_of, const Block<R, COLUMNS>& at,
+                                 const PreActivation<T, COLUMNS, USUAL, true>& z_of, const Block<R, COLUMNS>& at,
                                  const Vec<R> (&d)[VECTORS], const Vec<R> (&dy)[VECTORS]) {
   const Vec<R> zero(0);
   if constexpr (F::reads == Reads::nothing) {
     unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { out.dz[j] = dy[j]; });
   } else if constexpr (F::reads == Reads::mask) {
     Mask<R> on[VECTORS];
-    if (z_of.tile.mask) {
+    if (USUAL || z_of.tile.mask) {
       out.counted = load_masks(on, z_of.tile.mask, at);
     } else {
       Vec<R> z[VECTORS];
@@ -595,6 +665,9 @@ struct StatisticsPass {
 
   const Tile tile;  // a copy: what the kernel stores cannot be one of its fields
   LaneSums<R, 0, 2> sums{tile};
+
+  VGKERN_INLINE void start_run(int64_t) {}
+  VGKERN_INLINE void finish_run(int64_t) {}
 
   template <int COLUMNS>
   struct Stretch {
@@ -643,8 +716,12 @@ struct ForwardPass {
   using Width = WidthOf<T, F::reads>;
   static constexpr int64_t kBandRows = 2;
 
-  const Tile tile;
+  Tile tile;
   const F activation{tile.activation_args};
+  Stages<T, 1> stages{tile, &Tile::y};
+
+  VGKERN_INLINE void start_run(int64_t first) { stages.start(first); }
+  VGKERN_INLINE void finish_run(int64_t first) { stages.finish(first); }
 
   template <int COLUMNS>
   struct Stretch {
@@ -672,7 +749,7 @@ struct ForwardPass {
           y[j] = pass.activation.forward(z[j]);
         }
       });
-      store_block(y, static_cast<T*>(pass.tile.y), at, pass.tile.streams);
+      store_block(y, static_cast<T*>(pass.tile.y), at, pass.tile.outputs);
     }
     VGKERN_INLINE void end_strip() {}
     VGKERN_INLINE void finish() {}
@@ -686,7 +763,7 @@ void forward_tile(const Tile& tile) {
 }
 
 // Squares are summed over strips in S; the terms of dβ, dγ and a slope's gradient cancel.
-template <class T, class F, class S>
+template <class T, class F, class S, bool USUAL>
 struct ReducePass {
   using Element = T;
   using R = Opmath<T>;
@@ -694,11 +771,15 @@ struct ReducePass {
   using Width = std::conditional_t<kRare, vgkern::Width<1, 1>, WidthOf<T, F::reads>>;
   static constexpr int64_t kBandRows = 4 * kStrip;  // what is added up for a stretch is worth a few rows more
 
-  const Tile tile;
+  Tile tile;
   const F activation{tile.activation_args};
+  Stages<T, 2> stages{tile, &Tile::dx, &Tile::dresidual};
   LaneSums<R, 0, F::has_weight ? kDzResidualDeviation : kDead> sums{tile};
   LaneSums<R, kDzResidualDeviation, kDxSquares> residual_sums{tile, tile.normalises_residual};
   int64_t counted = 0;  // by Derivative
+
+  VGKERN_INLINE void start_run(int64_t first) { stages.start(first); }
+  VGKERN_INLINE void finish_run(int64_t first) { stages.finish(first); }
 
   // Elements of the tile with φ'(z) = 0.
   int64_t dead() const {
@@ -715,7 +796,7 @@ struct ReducePass {
   struct Stretch {
     ReducePass& pass;
     int64_t channel;
-    PreActivation<T, COLUMNS, true> z_of;  // what z costs hides the call
+    PreActivation<T, COLUMNS, USUAL, true> z_of;  // what z costs hides the call
     CancellingSum<T, R, S, COLUMNS> dz_sum, dz_deviation, dweight;
     StretchSum<R, S, COLUMNS> dz_squares, dy_squares;
 
@@ -726,27 +807,29 @@ struct ReducePass {
       const Tile& tile = pass.tile;
       Vec<R> dy[VECTORS], deviation[VECTORS];
       load_block(dy, static_cast<const T*>(tile.dy), at, R(0));
-      if (tile.x) {
+      if (USUAL || tile.x) {
         z_of.deviations(deviation, at);
       } else {
         unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { deviation[j] = Vec<R>(0); });
       }
       Derivative<R, VECTORS> d;
-      differentiate(d, pass.activation, z_of, at, deviation, dy);
-      if (tile.normalises_residual) {
+      differentiate<USUAL>(d, pass.activation, z_of, at, deviation, dy);
+      if (!USUAL && tile.normalises_residual) {
         NormalisedResidual<T, VECTORS, COLUMNS, kRare>(tile, channel, at, d.dz).template reduce<S>(pass.residual_sums);
       } else if (tile.dresidual) {
-        store_block(d.dz, static_cast<T*>(tile.dresidual), at, tile.streams);
+        claim_block<VECTORS>(static_cast<T*>(tile.dresidual), at, tile.outputs);
+        store_block(d.dz, static_cast<T*>(tile.dresidual), at, tile.outputs);
       }
-      if (tile.dz) {
+      if (!USUAL && tile.dz) {
         unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { store(static_cast<T*>(tile.dz) + at.dz_of(j), d.dz[j]); });
       }
-      if (tile.dx) {
+      if (!USUAL && tile.dx) {
         const PerColumn<R, COLUMNS> scale(tile, channel, kInputScale);
         const Vec<R> factor(static_cast<R>(tile.dx_factor));
         Vec<R> dx[VECTORS];
         unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { dx[j] = d.dz[j] * scale[j] * factor; });
-        store_block(dx, static_cast<T*>(tile.dx), at, tile.streams);
+        claim_block<VECTORS>(static_cast<T*>(tile.dx), at, tile.outputs);
+        store_block(dx, static_cast<T*>(tile.dx), at, tile.outputs);
       }
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
         using Term = typename CancellingSum<T, R, S, COLUMNS>::Term;
@@ -778,31 +861,43 @@ struct ReducePass {
   };
 };
 
-template <class T, class F, class S>
-void reduce_tile(const Tile& tile) {
-  ReducePass<T, F, S> pass{tile};
+template <class T, class F, class S, bool USUAL>
+VGKERN_NOINLINE void reduce_as(const Tile& tile) {
+  ReducePass<T, F, S, USUAL> pass{tile};
   walk(pass);
   pass.sums.finish();
   pass.residual_sums.finish();
   if (tile.record) tile.sums[kDead * tile.padded_channels] += static_cast<double>(pass.dead());
 }
 
-template <class T, class F>
+template <class T, class F, class S>
+void reduce_tile(const Tile& tile) {
+  if constexpr (F::reads != Reads::z && std::is_same_v<S, Vec<Opmath<T>>>) {  // sums in another S are rare
+    if (is_usual<F>(tile) && !tile.dx) return reduce_as<T, F, S, true>(tile);
+  }
+  reduce_as<T, F, S, false>(tile);
+}
+
+template <class T, class F, bool USUAL>
 struct ApplyPass {
   using Element = T;
   using R = Opmath<T>;
   using Width = WidthOf<T, F::reads>;
   static constexpr int64_t kBandRows = 2;
 
-  const Tile tile;
+  Tile tile;
   const F activation{tile.activation_args};
+  Stages<T, 2> stages{tile, &Tile::dx, &Tile::dresidual};
   LaneSums<R, kDxSquares, kSums> sums{tile, tile.sums != nullptr};
+
+  VGKERN_INLINE void start_run(int64_t first) { stages.start(first); }
+  VGKERN_INLINE void finish_run(int64_t first) { stages.finish(first); }
 
   template <int COLUMNS>
   struct Stretch {
     ApplyPass& pass;
     int64_t channel;
-    PreActivation<T, COLUMNS, true> z_of{pass.tile, channel};
+    PreActivation<T, COLUMNS, USUAL, true> z_of{pass.tile, channel};
     PerColumn<R, COLUMNS> scale{pass.tile, channel, kInputScale}, slope{pass.tile, channel, kInputSlope};
     PerColumn<R, COLUMNS> shift{pass.tile, channel, kInputShift};
     Vec<R> factor{static_cast<R>(pass.tile.dx_factor)};
@@ -816,12 +911,12 @@ struct ApplyPass {
       Vec<R> deviation[VECTORS], dx[VECTORS];
       Derivative<R, VECTORS> d;
       z_of.deviations(deviation, at);
-      if (tile.dz) {
+      if (!USUAL && tile.dz) {
         unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { d.dz[j] = load(static_cast<const T*>(tile.dz) + at.dz_of(j)); });
       } else {
         Vec<R> dy[VECTORS];
         load_block(dy, static_cast<const T*>(tile.dy), at, R(0));
-        differentiate(d, pass.activation, z_of, at, deviation, dy);
+        differentiate<USUAL>(d, pass.activation, z_of, at, deviation, dy);
         // As it would be read from dresidual, so that dx does not depend on whether that is wanted.
         if constexpr (sizeof(T) == 2 && F::reads == Reads::z) {
           if (tile.residual) {
@@ -836,29 +931,38 @@ struct ApplyPass {
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
         dx[j] = fma(d.dz[j], scale[j], fma(deviation[j], slope[j], shift[j])) * factor;
       });
-      store_block(dx, static_cast<T*>(tile.dx), at, tile.streams);
-      if (tile.sums) {
+      claim_block<VECTORS>(static_cast<T*>(tile.dx), at, tile.outputs);
+      store_block(dx, static_cast<T*>(tile.dx), at, tile.outputs);
+      if (!USUAL && tile.sums) {
         unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
           const Wide<R> wide(j < VECTORS - 1 ? dx[j] : select(first_lanes<R>(at.lanes), dx[j], Vec<R>(0)));
           squares.add_product(j, wide, wide);
         });
       }
-      if (tile.normalises_residual) {
+      if (!USUAL && tile.normalises_residual) {
         NormalisedResidual<T, VECTORS, COLUMNS, false>(tile, channel, at, d.dz).apply(pass.sums);
       }
     }
     VGKERN_INLINE void end_strip() {}
     VGKERN_INLINE void finish() {
-      if (pass.tile.sums) pass.sums.add(kDxSquares, channel, squares);
+      if (!USUAL && pass.tile.sums) pass.sums.add(kDxSquares, channel, squares);
     }
   };
 };
 
+template <class T, class F, bool USUAL>
+VGKERN_NOINLINE void apply_as(const Tile& tile) {
+  ApplyPass<T, F, USUAL> pass{tile};
+  walk(pass);
+  if (!USUAL && tile.sums) pass.sums.finish();
+}
+
 template <class T, class F>
 void apply_tile(const Tile& tile) {
-  ApplyPass<T, F> pass{tile};
-  walk(pass);
-  if (tile.sums) pass.sums.finish();
+  if constexpr (F::reads != Reads::z) {
+    if (is_usual<F>(tile) && !tile.sums) return apply_as<T, F, true>(tile);
+  }
+  apply_as<T, F, false>(tile);
 }
 
 // ---- Arrays of channels --------------------------------------------------------------------------------------------

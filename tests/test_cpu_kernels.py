@@ -242,6 +242,56 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert result.stdout.strip() == "0", result.stdout + result.stderr
 
 
+# ---- Outputs past the caches ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_cache() -> Iterator[None]:
+    """Every tensor is too large for the caches."""
+    before = _C.set_cache_bytes(0)
+    yield
+    _C.set_cache_bytes(before)
+
+
+# Planes of whole cache lines; small ones that do not begin at one, in groups that the last does not fill; some that
+# fill a stage, and one that does not fit; rows of whole lines, and not.
+PAST_CACHES = [
+    ((3, 4, 8, 8), False),
+    ((3, 37, 7, 7), False),
+    ((5, 6, 14, 15), False),
+    ((2, 3, 39, 41), False),
+    ((1, 2, 91, 95), False),
+    ((4, 32, 3, 3), True),
+    ((4, 13, 3, 3), True),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "rows"), PAST_CACHES, ids=str)
+def test_outputs_past_the_caches(isa, shape, rows, dtype, no_cache):
+    """Written past the caches, by way of a stage or not, they are the same bits."""
+    for mode, activation, residual in itertools.product(MODES, ("relu", "silu"), (True, False)):
+        arguments, dy = _arguments(shape, dtype, mode=mode, activation=activation, rows=rows, residual=residual)
+        past = _bits(_forward_and_backward(arguments, dy))
+        _C.set_cache_bytes(2**40)
+        assert past == _bits(_forward_and_backward(arguments, dy)), (mode, activation, residual)
+        _C.set_cache_bytes(0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "rows"), PAST_CACHES, ids=str)
+def test_outputs_of_two_batch_norms_past_the_caches(isa, shape, rows, dtype, no_cache):
+    def step() -> list[bytes | None]:
+        (x, residual, *_), dy = _arguments(shape, dtype, rows=rows)
+        leaves = x.requires_grad_(), residual.requires_grad_()
+        y = vgkern.functional.double_batch_norm_act(*leaves, None, None, None, None, training=True)
+        return bits(y, *torch.autograd.grad(y, leaves, dy))
+
+    past = step()
+    _C.set_cache_bytes(2**40)
+    assert past == step()
+
+
 # ---- Memory --------------------------------------------------------------------------------------------------------
 
 
@@ -270,8 +320,11 @@ class _Guarded:
 
 
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "begin"])
+@pytest.mark.parametrize("past_caches", [False, True], ids=["", "past the caches"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nothing_is_read_or_written_beyond_a_tensor(isa, dtype, at_end, monkeypatch):
+def test_nothing_is_read_or_written_beyond_a_tensor(isa, dtype, past_caches, at_end, monkeypatch, request):
+    if past_caches:
+        request.getfixturevalue("no_cache")
     guarded = _Guarded()
 
     def copy(t):
