@@ -57,6 +57,11 @@ struct Block {
   }
 };
 
+// How many elements ahead of itself a walk asks for: far enough for memory to answer, near enough for the L1 cache to
+// keep them.
+template <class T>
+constexpr int64_t kLookout = 4096 / sizeof(T);
+
 // An element that a walk over planes comes to some way on: further along the planes of a run, which lie side by side,
 // or in a run after it.
 template <class T>
@@ -64,7 +69,7 @@ class Lookout {
  public:
   VGKERN_INLINE explicit Lookout(const Tile& tile)
       : run_(tile.channels * tile.width), jump_(tile.stride - run_), element_(tile.offset), left_(run_) {
-    advance(kDistance);
+    advance(kLookout<T>);
   }
   VGKERN_INLINE int64_t element() const { return element_; }
   VGKERN_INLINE void advance(int64_t elements) {
@@ -73,9 +78,6 @@ class Lookout {
   }
 
  private:
-  // Far enough for memory to answer, near enough for the L1 cache to keep it.
-  static constexpr int64_t kDistance = 4096 / sizeof(T);
-
   const int64_t run_, jump_;
   int64_t element_, left_;
 };
@@ -186,9 +188,11 @@ VGKERN_INLINE void walk(Pass& pass) {
       for (int64_t row = first_row; row < end_row;) {
         const int64_t end = row + kStrip < end_row ? row + kStrip : end_row;
         if (kWidth > 1 && tile.stride == kStep) {  // rows of one vector each: they lie side by side
+          at.ahead = at.element + kLookout<T>;
           for (; row + kWidth <= end; row += kWidth) {
             stretch.template run<kWidth>(at);
             at.advance(kWidth);
+            at.ahead += kWidth * kStep;
           }
         }
         at.lanes = v < whole ? kStep : rest;

@@ -404,10 +404,11 @@ VGKERN_INLINE IntVec<float> round_to_bfloat16(Vec<float> v) {
   return each<IntVec<float>>([&](auto i) VGKERN_LAMBDA {
     const __m512i exact = (__m512i)v.reg[i];
     const __mmask16 odd = _mm512_test_epi32_mask(exact, _mm512_set1_epi32(0x10000));
-    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v.reg[i], (__m512)v.reg[i], _CMP_UNORD_Q);
-    __m512i rounded = _mm512_add_epi32(exact, _mm512_set1_epi32(0x7fff));
-    rounded = _mm512_mask_add_epi32(rounded, odd, rounded, _mm512_set1_epi32(1));
-    return (I32)_mm512_mask_or_epi32(rounded, nan, exact, _mm512_set1_epi32(0x400000));
+    // Any NaN becomes that one whose mantissa the sum does not carry out of; all else stays.
+    const __m512i one_nan = _mm512_set1_epi32(0x33);
+    const __m512i safe = (__m512i)_mm512_fixupimm_ps((__m512)v.reg[i], (__m512)v.reg[i], one_nan, 0);
+    const __m512i rounded = _mm512_add_epi32(safe, _mm512_set1_epi32(0x7fff));
+    return (I32)_mm512_mask_add_epi32(rounded, odd, rounded, _mm512_set1_epi32(1));
   });
 #else
   const IntVec<float> exact = as_int(v);
