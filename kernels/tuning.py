@@ -82,9 +82,9 @@ TABLE: dict[tuple[str, str, str], Limits] = {
     ),
     ("planes", "float64", "small"): Limits(1024, 1024, 4096, 512, 32, 128, 3, 1, _FEW),
     ("rows", "float32", "large"): Limits(
-        32, 1024, 8192, 256, 64, 128, 4, 6, "128 neighbouring bytes; wider leaves 64 channels with too few programs"
+        32, 1024, 8192, 256, 64, 128, 5, 6, "128 neighbouring bytes; wider leaves 64 channels with too few programs"
     ),
-    ("rows", "float32", "small"): Limits(32, 1024, 8192, 128, 32, 128, 4, 6, _FEW),
+    ("rows", "float32", "small"): Limits(32, 1024, 8192, 128, 32, 128, 5, 6, _FEW),
     ("rows", "half", "large"): Limits(
         32, 2048, 8192, 256, 64, 256, 6, 6, "64 neighbouring bytes, two whole sectors; wider leaves too few programs"
     ),

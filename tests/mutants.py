@@ -65,8 +65,8 @@ FUSION, FUSE = "vgkern/fusion/", "tests/test_fuse.py"
 FAULTS = [
     # -- Triton: memory
     Fault("a load without its mask", BATCH_NORM,
-          "        x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(COMPUTE)\n        _activate(",
-          "        x = tl.load(x_ptr + offset).to(COMPUTE)\n        _activate(", GUARDS),
+          "        x = tl.load(x_ptr + offset, mask=inside, other=0.0)\n        _activate(",
+          "        x = tl.load(x_ptr + offset)\n        _activate(", GUARDS),
     Fault("a store without its mask", BATCH_NORM,
           "_store(y_ptr + offset, FORWARD(z, affine[5], ARGS), inside)",
           "_store(y_ptr + offset, FORWARD(z, affine[5], ARGS), None)", GUARDS),

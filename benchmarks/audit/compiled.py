@@ -7,6 +7,7 @@ are kept in Triton's cache.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -37,6 +38,8 @@ def _activate(target: Target) -> None:
 
     triton.runtime.driver.set_active(Driver())
     batch_norm.LANES = target.warp
+    if isinstance(target.arch, int):
+        batch_norm._capability = functools.cache(lambda: target.arch)
 
 
 def _resources(kernel: Any, target: Target) -> dict[str, Any]:
