@@ -37,7 +37,7 @@ an x of any mean costs no digits, for the element subtracted is one of the sampl
 of squares about the mean, so the variance's relative error is of the order of m·2⁻⁵³ at most. A constant channel has
 mean = that constant and variance = 0 exactly. Products of dz are float64 from the start. What multiplies or is
 subtracted from every element (mean, γ·r, dβ/m) comes in two parts, high and low, so that its rounding does not add up;
-in half precision γ·r in one, for more shows in no stored y.
+in half precision z's γ·r comes in one, for more shows in no y that is stored.
 
 **The norm of dx** is that of the dx that is written. ``backward_channel`` sums it up as it writes. ``backward_apply``
 has it in closed form, from float64 sums of exact products. Of written float32 elements, that form knows all but their
