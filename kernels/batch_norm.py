@@ -36,7 +36,8 @@ in the place of ``backward_finish``; it reads no tensor where the norm is within
 an x of any mean costs no digits, for the element subtracted is one of the sample: Σd² is at most some m times the sum
 of squares about the mean, so the variance's relative error is of the order of m·2⁻⁵³ at most. A constant channel has
 mean = that constant and variance = 0 exactly. Products of dz are float64 from the start. What multiplies or is
-subtracted from every element (mean, γ·r, dβ/m) comes in two parts, high and low, so that its rounding does not add up.
+subtracted from every element (mean, γ·r, dβ/m) comes in two parts, high and low, so that its rounding does not add up;
+in half precision z's γ·r comes in one, for more shows in no y that is stored.
 
 **The norm of dx** is that of the dx that is written. ``backward_channel`` sums it up as it writes. ``backward_apply``
 has it in closed form, from float64 sums of exact products. Of written float32 elements, that form knows all but their
@@ -56,6 +57,7 @@ tensor would cost a copy to the device, and a constexpr a compilation for each v
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -377,22 +379,25 @@ def _low_part(x, difference, mean_hi, mean_lo, scale_hi, scale_lo):
 
 @triton.jit
 def _pre_activation(x, affine, residual_ptr, offset, inside, NORMALISE: tl.constexpr):
-    """z = (x − mean)·scale + bias + residual, and x − mean. Forward and backward share its order of rounding.
+    """z = (x − mean)·scale + bias + residual, and x − mean, of x as it is stored. Forward and backward share the order.
 
     Where x is the mean, z is bias + residual to the bit. The residual comes after the product, and low parts last: a
-    sum of opposite terms is exact and small, and what was rounded off a larger sum before it would show in z.
+    sum of opposite terms is exact and small, and what was rounded off a larger sum before it would show in z. Not in
+    half precision, where z is stored with 8 or 11 bits: there x − mean, rounded twice, is multiplied by scale alone.
     """
+    LOW: tl.constexpr = x.dtype.primitive_bitwidth > 16
+    x = x.to(affine[0].dtype)
     if NORMALISE:
         mean_hi, mean_lo, scale_hi, scale_lo, shift, _ = affine
         difference = x - mean_hi
         centred = difference - mean_lo
-        z = tl.fma(difference, scale_hi, shift)
+        z = tl.fma(difference if LOW else centred, scale_hi, shift)
     else:
         centred = x
         z = x
     if residual_ptr is not None:
         z += tl.load(residual_ptr + offset, mask=inside, other=0.0).to(x.dtype)
-    if NORMALISE:
+    if NORMALISE and LOW:
         z += _low_part(x, difference, mean_hi, mean_lo, scale_hi, scale_lo)
     return z, centred
 
@@ -415,7 +420,7 @@ def _differentiate(
     NORMALISE: tl.constexpr, READS_Z: tl.constexpr, READS_X: tl.constexpr, COUNT_DEAD: tl.constexpr,
     BACKWARD: tl.constexpr, ON: tl.constexpr, ARGS: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """The backward of one tile up to dz: dy, dz, x, x − mean, z, and which elements are dead.
+    """The backward of one tile up to dz: dy, dz, x as it is stored, x − mean, z, and which elements are dead.
 
     x is read where z or READS_X asks for it; what was not asked for comes back as dy, unused.
     """
@@ -424,7 +429,7 @@ def _differentiate(
     z = dy
     centred = dy
     if READS_Z or READS_X:
-        x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
+        x = tl.load(x_ptr + offset, mask=inside, other=0.0)
         z, centred = _pre_activation(x, affine, residual_ptr if READS_Z else None, offset, inside, NORMALISE)
     dz, dead = _derivative(
         dy, z, affine[5], mask_ptr, run, start, exists, inside, inner_size, COUNT_DEAD, BACKWARD, ON, ARGS, COMPUTE
@@ -621,7 +626,7 @@ def forward_apply_kernel(
         run, start, exists, offset, inside = _tile(
             tile, first_channel, num_outer, num_channels, inner_size, ROWS, RUNS, INNER, CHANNELS, ALIGN
         )
-        x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
+        x = tl.load(x_ptr + offset, mask=inside, other=0.0)
         _activate(
             x, y_ptr, residual_ptr, mask_ptr, run, start, exists, offset, inside, inner_size, affine,
             NORMALISE, FORWARD, ON, ARGS,
@@ -645,7 +650,7 @@ def forward_channel_kernel(
         0, first_channel, num_outer, num_channels, inner_size, ROWS, RUNS, INNER, CHANNELS, ALIGN
     )
     origin = _origin(x_ptr, channel, present, inner_size, ROWS, COMPUTE)
-    x = tl.load(x_ptr + offset, mask=inside, other=_spread(origin, COMPUTE, ROWS, RUNS)).to(COMPUTE)
+    x = tl.load(x_ptr + offset, mask=inside, other=_spread(origin, COMPUTE, ROWS, RUNS))
     total, squares = _moments(x, _spread(origin, tl.float64, ROWS, RUNS), ROWS, GROUP)
     mean, rstd = _statistics(
         origin, _channel_sums(total, ROWS, CHANNELS), _channel_sums(squares, ROWS, CHANNELS), channel_size, eps,
@@ -1197,18 +1202,44 @@ def _geometry(x: Tensor, shape: Shape, blocks: tuning.Blocks) -> _Geometry:
 
 # Registers that ptxas may give a thread of a kernel that walks tiles, in planes and in rows. Left to itself it would
 # save a few, so that one program more fits a multiprocessor, and spill in the loop. Told a limit it takes what it needs
-# up to there: 128 are two programs of eight warps. None where a limit does worse: backward_apply in planes takes 48 to
-# 64 (for sm_80 some spill up to 8 times; with a limit of 62 or 64, others do for sm_90), backward_reduce in rows of
-# halves 200, and with 128 it spilled up to 65 times.
-_MAX_REGISTERS = {"forward_apply": (128, 128), "backward_reduce": (144, None), "backward_apply": (None, 128)}
+# up to there: 128 are two programs of eight warps. None where a limit does worse: backward_reduce in rows of halves
+# takes 200, and with 128 it spilled up to 65 times; backward_apply in planes takes 56 to 64, and with 64 it spilled for
+# sm_90 and sm_100. double_backward_apply of halves in rows takes up to 180, and spilled 82 times with 128.
+_MAX_REGISTERS = {
+    "forward_apply": (128, 128),
+    "backward_reduce": (144, None),
+    "backward_apply": (None, 128),
+    "double_backward_reduce": (144, None),
+    "double_backward_apply": (128, 192),
+}
+
+# For a compute capability below 9.0 Triton has a ptxas of its own: 3.9.0 has 12.9 in the place of 13.4. Left to itself,
+# that one saves backward_apply in planes down to 48 registers and spills up to 16 times; with 64 it does not.
+_MAX_REGISTERS_BELOW_90 = {**_MAX_REGISTERS, "backward_apply": (64, 128)}
+
+
+@functools.cache
+def _capability() -> int:
+    """Ten times the compute capability of the current GPU, 0 without one."""
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    return 10 * major + minor
 
 
 def _loop_options(kernel: str, x: Tensor, rows: bool, options: dict[str, Any]) -> dict[str, Any]:
     """The options of a kernel that walks tiles. AMD's compiler knows no limit of registers; float64 takes two each."""
-    limit = _MAX_REGISTERS[kernel][rows]
-    if LANES != 32 or INTERPRETED or limit is None or x.dtype == torch.float64:
+    if LANES != 32 or INTERPRETED or x.dtype == torch.float64:
         return options
-    return {**options, "maxnreg": min(limit, 65536 // (LANES * options["num_warps"]))}
+    limit = (_MAX_REGISTERS_BELOW_90 if _capability() < 90 else _MAX_REGISTERS)[kernel][rows]
+    return options if limit is None else {**options, "maxnreg": min(limit, 65536 // (LANES * options["num_warps"]))}
+
+
+def _stages_of_many_registers(blocks: tuning.Blocks) -> int:
+    """The stages of a loop that writes and leaves a multiprocessor, in planes too, less than half of its warps.
+
+    For sm_100 with one tile at a time, input_gradient of halves had 24 KB in flight, double_backward_apply of float32,
+    which takes up to 95 registers, 12 KB. With three it is 48 KB and more. On AMD's GPUs they would be registers.
+    """
+    return max(blocks.apply_stages, 3) if LANES == 32 else blocks.apply_stages
 
 
 def _slope_stride(activation_weight: Tensor | None) -> int:
@@ -1221,6 +1252,11 @@ def _splits_at_once(num_splits: int) -> int:
     With twice as many, backward_apply of float32 in rows took 146 registers (sm_90, 32 channels) in place of 85.
     """
     return min(tuning.power_of_two(num_splits), 16)
+
+
+def _finish_channels(num_channels: int, splits: int) -> int:
+    """Of how many channels the program that finishes reads so many splits at once."""
+    return min(tuning.power_of_two(num_channels), _FINISH // splits, _FINISH_CHANNELS)
 
 
 def forward_launches(
@@ -1355,7 +1391,6 @@ def backward_launches(
         launches = [_launch(backward_reduce_kernel, grid, reduce, reduce_options)]
 
     splits = _splits_at_once(blocks.num_splits)
-    finish_channels = min(tuning.power_of_two(shape.num_channels), _FINISH // splits, _FINISH_CHANNELS)
     finish = {
         "sums_ptr": sums, "tallies_ptr": tallies, "statistics_ptr": statistics, "weight_ptr": weight,
         "dweight_ptr": dweight, "dbias_ptr": dbias, "dslope_ptr": dactivation_weight, "record_ptr": record,
@@ -1365,7 +1400,7 @@ def backward_launches(
         "OVER_BATCH": over_batch, "SUMMED": one_launch and (recorded or bounded), "BOUNDED": bounded,
         "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None,
         "SHARED_SLOPE": dactivation_weight is not None and dactivation_weight.numel() == 1,
-        "FINISH_CHANNELS": finish_channels, "FINISH_SPLITS": splits,
+        "FINISH_CHANNELS": _finish_channels(shape.num_channels, splits), "FINISH_SPLITS": splits,
     }  # fmt: skip
     out_of_bounds = bounded and dx is not None and not two_passes
     if two_passes or out_of_bounds:
@@ -1425,6 +1460,6 @@ def input_gradient_launches(
         "num_tiles": cut["num_tiles"], "tiles_per_split": cut["tiles_per_split"],
         "READS_Z": reads_z, "SLOPE_STRIDE": _slope_stride(activation_weight),
         "BACKWARD": functions.backward, "ON": functions.on, "ARGS": activation_args,
-        **block_sizes, "STAGES": blocks.apply_stages,
+        **block_sizes, "STAGES": _stages_of_many_registers(blocks),
     }  # fmt: skip
     return squares, [_launch(input_gradient_kernel, (blocks.programs,), args, options)]

@@ -34,11 +34,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import activations, tuning
+from . import activations
 from .batch_norm import (
     _ALONE,
     _DX_SQ,
-    _FINISH,
     _FINISH_UNSPECIALISED,
     _UNSPECIALISED,
     INTERPRETED,
@@ -50,12 +49,14 @@ from .batch_norm import (
     _counts,
     _cut,
     _derivative,
+    _finish_channels,
     _geometry,
     _gradient_sums,
     _gradient_terms,
     _gradient_totals,
     _group_sums,
     _input_gradient,
+    _loop_options,
     _low_part,
     _merge,
     _moments,
@@ -70,6 +71,7 @@ from .batch_norm import (
     _slope_stride,
     _splits_at_once,
     _spread,
+    _stages_of_many_registers,
     _statistics,
     _store,
     _store_bits,
@@ -92,15 +94,25 @@ _NUM_TALLIES = 4
 
 @triton.jit
 def _pre_activation(x, residual, affine, residual_affine):
-    """z, x − mean and residual − its mean. Where both are their means, z is the sum of the biases to the bit."""
-    difference = x - affine[0]
-    residual_difference = residual - residual_affine[0]
-    z = tl.fma(difference, affine[2], affine[4]) + tl.fma(residual_difference, residual_affine[2], residual_affine[4])
-    z += _low_part(
-        residual, residual_difference, residual_affine[0], residual_affine[1], residual_affine[2], residual_affine[3]
-    )
-    z += _low_part(x, difference, affine[0], affine[1], affine[2], affine[3])
-    return z, difference - affine[1], residual_difference - residual_affine[1]
+    """z, x − mean and residual − its mean, as in :mod:`.batch_norm`. Where both are their means, z is the sum of the
+    biases to the bit."""
+    LOW: tl.constexpr = x.dtype.primitive_bitwidth > 16
+    x = x.to(affine[0].dtype)
+    residual = residual.to(affine[0].dtype)
+    mean_hi, mean_lo, scale_hi, scale_lo, shift, _ = affine
+    residual_mean_hi, residual_mean_lo, residual_scale_hi, residual_scale_lo, residual_shift, _ = residual_affine
+    difference = x - mean_hi
+    centred = difference - mean_lo
+    residual_difference = residual - residual_mean_hi
+    residual_centred = residual_difference - residual_mean_lo
+    z = tl.fma(difference if LOW else centred, scale_hi, shift)
+    z += tl.fma(residual_difference if LOW else residual_centred, residual_scale_hi, residual_shift)
+    if LOW:
+        z += _low_part(
+            residual, residual_difference, residual_mean_hi, residual_mean_lo, residual_scale_hi, residual_scale_lo
+        )
+        z += _low_part(x, difference, mean_hi, mean_lo, scale_hi, scale_lo)
+    return z, centred, residual_centred
 
 
 @triton.jit
@@ -122,8 +134,8 @@ def _differentiate(
 ):  # fmt: skip
     """The backward of one tile up to dz: dy, dz, x, residual, both less their means, z, and which elements are dead."""
     dy = tl.load(dy_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
-    x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
-    residual = tl.load(residual_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
+    x = tl.load(x_ptr + offset, mask=inside, other=0.0)
+    residual = tl.load(residual_ptr + offset, mask=inside, other=0.0)
     z, centred, residual_centred = _pre_activation(x, residual, affine, residual_affine)
     dz, dead = _derivative(
         dy, z, affine[5], mask_ptr, run, start, exists, inside, inner_size, COUNT_DEAD, BACKWARD, ON, ARGS, COMPUTE
@@ -260,8 +272,8 @@ def double_forward_apply_kernel(
         run, start, exists, offset, inside = _tile(
             tile, first_channel, num_outer, num_channels, inner_size, ROWS, RUNS, INNER, CHANNELS, ALIGN
         )
-        x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
-        residual = tl.load(residual_ptr + offset, mask=inside, other=0.0).to(COMPUTE)
+        x = tl.load(x_ptr + offset, mask=inside, other=0.0)
+        residual = tl.load(residual_ptr + offset, mask=inside, other=0.0)
         _activate(
             x, residual, y_ptr, mask_ptr, run, start, exists, offset, inside, inner_size, affine, residual_affine,
             FORWARD, ON, ARGS,
@@ -277,7 +289,7 @@ def _measured(
     """A tensor of which one tile holds all elements of its channels; its operands of ``_pre_activation``."""
     CHANNELS: tl.constexpr = channel.shape[0]
     origin = _origin(x_ptr, channel, present, inner_size, ROWS, COMPUTE)
-    x = tl.load(x_ptr + offset, mask=inside, other=_spread(origin, COMPUTE, ROWS, RUNS)).to(COMPUTE)
+    x = tl.load(x_ptr + offset, mask=inside, other=_spread(origin, COMPUTE, ROWS, RUNS))
     total, squares = _moments(x, _spread(origin, tl.float64, ROWS, RUNS), ROWS, GROUP)
     mean, rstd = _statistics(
         origin, _channel_sums(total, ROWS, CHANNELS), _channel_sums(squares, ROWS, CHANNELS), channel_size, eps,
@@ -592,6 +604,38 @@ def _apply(
     return tl.sum(tl.sum(dx_sq, axis=1), axis=0), tl.sum(tl.sum(dresidual_sq, axis=1), axis=0)
 
 
+@triton.jit
+def _alone(
+    dy_ptr, x_ptr, residual_ptr, mask_ptr, statistics_ptr, weight_ptr, bias_ptr, residual_weight_ptr,
+    residual_bias_ptr, slope_ptr, dx_ptr, dresidual_ptr, sums_ptr, residual_sums_ptr, record_ptr, residual_record_ptr,
+    num_outer, num_channels, inner_size, num_splits, channel_size,
+    SLOPE_STRIDE: tl.constexpr, BACKWARD: tl.constexpr, ON: tl.constexpr, ARGS: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, RUNS: tl.constexpr, INNER: tl.constexpr, CHANNELS: tl.constexpr, ALIGN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    """Put right the records' ‖dx‖² and ‖dresidual‖², summed up from both by one program in small tiles."""
+    if ROWS:
+        num_tiles = (num_outer + RUNS - 1) // RUNS
+    else:
+        OUTER: tl.constexpr = RUNS // CHANNELS
+        num_tiles = (num_outer + OUTER - 1) // OUTER * ((inner_size + INNER - 1) // INNER)
+    dx_sq = tl.full([], 0.0, tl.float64)
+    dresidual_sq = tl.full([], 0.0, tl.float64)
+    for block in range((num_channels + CHANNELS - 1) // CHANNELS):
+        parts = _apply(
+            dy_ptr, x_ptr, residual_ptr, mask_ptr, statistics_ptr, weight_ptr, bias_ptr, residual_weight_ptr,
+            residual_bias_ptr, slope_ptr, dx_ptr, dresidual_ptr, sums_ptr, residual_sums_ptr, block, 0, num_tiles,
+            num_outer, num_channels, inner_size, num_splits, channel_size,
+            True, SLOPE_STRIDE, BACKWARD, ON, ARGS, SPLITS, ROWS, RUNS, INNER, CHANNELS, ALIGN, 1, COMPUTE,
+        )  # fmt: skip
+        dx_sq += parts[0]
+        dresidual_sq += parts[1]
+    if record_ptr is not None:
+        tl.store(record_ptr + 2, dx_sq)
+    if residual_record_ptr is not None:
+        tl.store(residual_record_ptr + 2, dresidual_sq)
+
+
 @triton.jit(do_not_specialize=[*_UNSPECIALISED, *_FINISH_UNSPECIALISED])
 def double_backward_apply_kernel(
     dy_ptr, x_ptr, residual_ptr, mask_ptr, statistics_ptr, weight_ptr, bias_ptr, residual_weight_ptr,
@@ -624,27 +668,13 @@ def double_backward_apply_kernel(
         )  # fmt: skip
         if (record_ptr is not None) or (residual_record_ptr is not None):
             if cancels | residual_cancels:
-                if ROWS:
-                    tiles = (num_outer + ALONE_RUNS - 1) // ALONE_RUNS
-                else:
-                    OUTER: tl.constexpr = ALONE_RUNS // CHANNELS
-                    tiles = (num_outer + OUTER - 1) // OUTER * ((inner_size + ALONE_INNER - 1) // ALONE_INNER)
-                dx_sq = tl.full([], 0.0, tl.float64)
-                dresidual_sq = tl.full([], 0.0, tl.float64)
-                for block in range(num_blocks):
-                    parts = _apply(
-                        dy_ptr, x_ptr, residual_ptr, mask_ptr, statistics_ptr, weight_ptr, bias_ptr,
-                        residual_weight_ptr, residual_bias_ptr, slope_ptr, dx_ptr, dresidual_ptr, sums_ptr,
-                        residual_sums_ptr, block, 0, tiles, num_outer, num_channels, inner_size, num_splits,
-                        channel_size, True, SLOPE_STRIDE, BACKWARD, ON, ARGS, SPLITS, ROWS, ALONE_RUNS, ALONE_INNER,
-                        CHANNELS, ALIGN, 1, COMPUTE,
-                    )  # fmt: skip
-                    dx_sq += parts[0]
-                    dresidual_sq += parts[1]
-                if record_ptr is not None:
-                    tl.store(record_ptr + 2, dx_sq)
-                if residual_record_ptr is not None:
-                    tl.store(residual_record_ptr + 2, dresidual_sq)
+                _alone(
+                    dy_ptr, x_ptr, residual_ptr, mask_ptr, statistics_ptr, weight_ptr, bias_ptr, residual_weight_ptr,
+                    residual_bias_ptr, slope_ptr, dx_ptr, dresidual_ptr, sums_ptr, residual_sums_ptr, record_ptr,
+                    residual_record_ptr, num_outer, num_channels, inner_size, num_splits, channel_size,
+                    SLOPE_STRIDE, BACKWARD, ON, ARGS, SPLITS,
+                    ROWS, ALONE_RUNS, ALONE_INNER, CHANNELS, ALIGN, COMPUTE,
+                )  # fmt: skip
         return
     program = tl.program_id(0) - 1
     first = program // num_blocks * tiles_per_split
@@ -794,7 +824,8 @@ def backward_launches(
         launches = [_launch(double_backward_channel_kernel, (blocks.programs,), channel, options)]
     else:
         reduce = {**first, **cut, "STAGES": blocks.stages}
-        launches = [_launch(double_backward_reduce_kernel, (blocks.programs,), reduce, options)]
+        reduce_options = _loop_options("double_backward_reduce", x, shape.rows, options)
+        launches = [_launch(double_backward_reduce_kernel, (blocks.programs,), reduce, reduce_options)]
 
     splits = _splits_at_once(blocks.num_splits)
     finish = {
@@ -810,7 +841,7 @@ def backward_launches(
         "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None,
         "HAS_RESIDUAL_WEIGHT": residual_weight is not None, "HAS_RESIDUAL_BIAS": residual_bias is not None,
         "SHARED_SLOPE": dactivation_weight is not None and dactivation_weight.numel() == 1,
-        "FINISH_CHANNELS": min(tuning.power_of_two(shape.num_channels), _FINISH // splits), "FINISH_SPLITS": splits,
+        "FINISH_CHANNELS": _finish_channels(shape.num_channels, splits), "FINISH_SPLITS": splits,
     }  # fmt: skip
     parameters = (dweight, dbias, dresidual_weight, dresidual_bias, dactivation_weight)
     if two_passes:
@@ -818,9 +849,11 @@ def backward_launches(
         alone_runs, alone_inner = blocks.shrunk(4 if INTERPRETED else max(elements // _ALONE, 1), shape.rows)
         apply = {
             **derivative, **finish, **cut, "dx_ptr": dx, "dresidual_ptr": dresidual,
-            "ALONE_RUNS": alone_runs, "ALONE_INNER": alone_inner, "SPLITS": splits, "STAGES": blocks.apply_stages,
+            "ALONE_RUNS": alone_runs, "ALONE_INNER": alone_inner, "SPLITS": splits,
+            "STAGES": _stages_of_many_registers(blocks),
         }  # fmt: skip
-        launches.append(_launch(double_backward_apply_kernel, (1 + blocks.programs,), apply, options))
+        apply_options = _loop_options("double_backward_apply", x, shape.rows, options)
+        launches.append(_launch(double_backward_apply_kernel, (1 + blocks.programs,), apply, apply_options))
     elif recorded or any(gradient is not None for gradient in parameters):
         finish_options = {"num_warps": 8, "enable_fp_fusion": False}
         launches.append(_launch(double_backward_finish_kernel, (1,), finish, finish_options))

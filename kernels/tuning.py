@@ -55,19 +55,21 @@ _FEW = "stays in L2, where what counts is latency: half the programs, and sums t
 #   splits of 64 channels: nothing. In rows, whose programs own 32 channels, as many would be 128 splits and up to 43 %
 #   of what x, residual and y are (256 channels of 56 × 56 halves, batch 32): 256 programs and 64 splits make it 3 %,
 #   and 11 % at worst (64 channels).
-# * The float64 sums of backward_reduce fill registers. For sm_90 it takes 90 to 102 in planes of float32 and 121 in
-#   rows: two programs of eight warps a multiprocessor, occupancy 25 %. In planes of halves it is over 128 for some, in
-#   rows of halves, where a thread has eight channels, 200: one program, 12 %. So bytes in flight come from stages, by
-#   asynchronous copies to shared memory that cost no register: 24 and (halves) 40 KB of two tensors a program. 38 KB a
-#   multiprocessor keep a B200's memory busy for the 700 ns that a load is assumed to take, 25 KB an H200's, 13 KB an
-#   A100's.
+# * The float64 sums of backward_reduce fill registers. For sm_90 it takes 80 to 122 in planes of float32 and up to 126
+#   in rows: two programs of eight warps a multiprocessor, occupancy 25 %, seldom three. In planes of halves it is up to
+#   140, in rows of halves, where a thread has eight channels, up to 202: one program, 12 %. So bytes in flight come
+#   from stages, by asynchronous copies to shared memory that cost no register: 24, (rows) 32 and (halves) 40 KB of two
+#   tensors a program. 38 KB a multiprocessor keep a B200's memory busy for the 700 ns that a load is assumed to take,
+#   25 KB an H200's, 13 KB an A100's. double_backward_reduce reads three tensors. In rows of float32 it takes 158, one
+#   program, for which four stages were 36 KB; five are 48.
 # * In planes, loops that write have an occupancy of 50 % and more without stages (with three, ptxas spilled
-#   backward_apply of float32); in rows it is 25 to 50 %, and six stages keep 40 KB and more in flight.
+#   backward_apply of float32), but for two, which get three; in rows it is 12 to 60 %, and six stages keep 40 KB and
+#   more in flight.
 # * On AMD's GPUs stages are kept in registers, and more than three take more of them than they bring: for gfx942
 #   backward_reduce of halves in rows had 262 with six, occupancy 12 %, and 226 with three, 25 %.
 # * Planes of an odd number of halves (7 × 7) are read 2 bytes at a time, for which there is no asynchronous copy. They
 #   get 16 warps of four elements a thread: with eight, for sm_90, backward_reduce took 162 registers, 12 %, or 128 and
-#   spilled; so it is 94, 25 %, and the other kernels have 50 %.
+#   spilled; so it is up to 109, 25 %. The other kernels have 50 %, but for those of the double's backward, 25 %.
 TABLE: dict[tuple[str, str, str], Limits] = {
     ("planes", "float32", "large"): Limits(
         1024, 1024, 8192, 1024, 128, 128, 4, 1, "a stretch of one plane, one 16-byte load a thread and tensor"
@@ -82,9 +84,9 @@ TABLE: dict[tuple[str, str, str], Limits] = {
     ),
     ("planes", "float64", "small"): Limits(1024, 1024, 4096, 512, 32, 128, 3, 1, _FEW),
     ("rows", "float32", "large"): Limits(
-        32, 1024, 8192, 256, 64, 128, 4, 6, "128 neighbouring bytes; wider leaves 64 channels with too few programs"
+        32, 1024, 8192, 256, 64, 128, 5, 6, "128 neighbouring bytes; wider leaves 64 channels with too few programs"
     ),
-    ("rows", "float32", "small"): Limits(32, 1024, 8192, 128, 32, 128, 4, 6, _FEW),
+    ("rows", "float32", "small"): Limits(32, 1024, 8192, 128, 32, 128, 5, 6, _FEW),
     ("rows", "half", "large"): Limits(
         32, 2048, 8192, 256, 64, 256, 6, 6, "64 neighbouring bytes, two whole sectors; wider leaves too few programs"
     ),

@@ -7,10 +7,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from vgkern.kernels import batch_norm, tuning
+from vgkern.kernels import batch_norm, double_batch_norm, tuning
+from vgkern.kernels.launching import Launch
 
 from benchmarks.audit import findings, layers, machine_code, predict, traffic
 from benchmarks.audit.targets import DEVICES, TARGETS, seconds
@@ -163,10 +165,17 @@ def test_occupancy(target, registers, shared, warps, occupancy, limit):
 
 def test_layers_and_gradients_are_those_of_the_nets():
     resnet, cifar = layers.resnet50(2), layers.cifar_resnet(2)
-    assert sum(layer.count for layer in resnet) == 53
+    assert sum(layer.count for layer in resnet) == 49
+    assert sum(layer.count * (1 + layer.projection) for layer in resnet) == 53
     assert sum(layer.count for layer in resnet if layer.residual) == 16
-    assert sum(layer.count for layer in resnet if layer.activation == "identity") == 4
+    projections = [layer.shape for layer in resnet if layer.projection]
+    assert projections == [(2, 256, 56, 56), (2, 512, 28, 28), (2, 1024, 14, 14), (2, 2048, 7, 7)]
+    assert all(layer.residual and layer.count == 1 for layer in resnet if layer.projection)
+    assert len({layer.label for layer in resnet}) == len(resnet)
     assert sum(layer.count for layer in cifar) == 55
+    synchronised = layers.Selection([*resnet, *cifar], ("float32",), ("synchronised",))
+    single = [layer for layer in resnet if not layer.projection]
+    assert [case.layer for case in layers.cases(synchronised)] == [layer for layer in single for _ in layers.FORMATS]
     gradients = layers.gradients(layers.DTYPES["float32"])
     assert len(gradients) == 161
     assert sum(tensor.numel() for tensor in gradients) == 25_557_032
@@ -181,6 +190,9 @@ def test_the_model_of_time():
     backward = layers.Case(layer, "float32", "contiguous", "backward")
     assert predict.eager(forward) == (4, 8)
     assert predict.eager(backward) == (3, 8)
+    projection = replace(layer, projection=True)
+    assert predict.eager(replace(forward, layer=projection)) == (6, 11)
+    assert predict.eager(replace(backward, layer=projection)) == (5, 13)
     selection = layers.Selection([layer], ("float16",))
     inductor = [
         {"layer": layer.label, "dtype": "bfloat16", "layout": "contiguous", "direction": "forward", "launches": 3,
@@ -219,6 +231,13 @@ GOOD = {
         ({"occupancy": 0.25, "kernel": "forward_channel"}, ""),
         ({"occupancy": 0.25, "kernel": "backward_reduce", "aligned_bytes": 2}, ""),
         ({"occupancy": 0.125, "kernel": "backward_reduce", "aligned_bytes": 2}, "occupancy"),
+        ({"occupancy": 0.25, "kernel": "double_forward_channel"}, ""),
+        ({"occupancy": 0.25, "kernel": "double_forward_apply"}, "occupancy"),
+        ({"occupancy": 0.25, "kernel": "double_backward_reduce", "aligned_bytes": 2}, ""),
+        ({"occupancy": 0.25, "kernel": "double_backward_apply", "aligned_bytes": 2}, ""),
+        ({"occupancy": 0.25, "kernel": "double_backward_apply"}, "occupancy"),
+        ({"occupancy": 0.25, "kernel": "backward_apply", "aligned_bytes": 2}, "occupancy"),
+        ({"occupancy": 0.25, "kernel": "input_gradient"}, "occupancy"),
         ({"occupancy": 0.25, "aligned_bytes": 2}, "occupancy"),
     ],
 )
@@ -238,8 +257,8 @@ def test_what_is_held_against_traffic_and_launches():
 
 
 def test_the_floor_is_every_tensor_once():
-    def floor(direction: str, activation: str = "relu", residual: bool = True) -> float:
-        layer = layers.Layer("", (1, 8, 8, 8), activation, residual, 1)
+    def floor(direction: str, activation: str = "relu", residual: bool = True, projection: bool = False) -> float:
+        layer = layers.Layer("", (1, 8, 8, 8), activation, residual, 1, projection)
         return traffic.floor_units(layers.Case(layer, "float32", "contiguous", direction))
 
     assert floor("forward") == 3 + 1 / 32
@@ -247,6 +266,9 @@ def test_the_floor_is_every_tensor_once():
     assert floor("eval") == 3
     assert floor("forward", residual=False) == 2
     assert floor("backward", "identity", residual=False) == 3
+    assert floor("forward", projection=True) == 3 + 1 / 32
+    assert floor("backward", projection=True) == 5 + 1 / 32
+    assert floor("eval", projection=True) == 3
 
 
 # -- all of it ---------------------------------------------------------------------------------------------------------
@@ -257,6 +279,29 @@ def test_gradient_kernels_move_what_they_state():
         rows = traffic._gradient_rows("bfloat16")
     assert [row["kernel"] for row in rows] == ["norm_partial", "norm_merge", "gradient_scale"]
     assert [row["counted_bytes"] for row in rows] == [row["stated_bytes"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("shape", "units"),
+    [
+        ((256, 256, 16, 16), {"forward": [2, 3 + 1 / 32], "backward": [3 + 1 / 32, 5 + 1 / 32], "eval": [3]}),
+        ((16, 2048, 8, 8), {"forward": [3 + 1 / 32], "backward": [5 + 1 / 32, 0], "eval": [3]}),
+    ],
+)
+def test_a_projection_moves_what_its_kernels_state(monkeypatch, shape, units):
+    """By the kernels' docstrings; channels that are walked, and channels that fit one program."""
+    monkeypatch.setattr(tuning, "TABLE", dict(tuning.TABLE))
+    monkeypatch.setattr(layers, "FORMATS", {"contiguous": layers.FORMATS["contiguous"]})
+    layer = layers.Layer("", shape, "relu", True, 1, projection=True)
+    monkeypatch.setattr(traffic, "_gradient_rows", lambda dtype: [])
+    rows = traffic.count(layers.Selection([layer], ("float32",), layers.DIRECTIONS))
+    assert findings.of_traffic(rows) == []
+    for direction, stated in units.items():
+        chosen = [row for row in rows if row["direction"] == direction]
+        assert all(row["kernel"].startswith("double_") for row in chosen)
+        assert [row["units"] for row in chosen] == pytest.approx(stated)
+        assert {row["floor_units"] for row in chosen} == {max(stated)}
+    assert {row["direction"] for row in rows} == units.keys()  # no "synchronised": of one batch norm alone
 
 
 def test_halves_are_counted_once_for_both_types(monkeypatch):
@@ -270,17 +315,54 @@ def test_halves_are_counted_once_for_both_types(monkeypatch):
     assert [row["counted_bytes"] for row in rows] == [3 * traffic.ELEMENTS * size for size in (2, 2, 2, 2, 4, 4)]
 
 
-def test_the_compiler_is_told_what_keeps_it_from_spilling(monkeypatch):
-    """On NVIDIA's GPUs: else ptxas spills loops. AMD's compiler knows no such option."""
+def _walked(monkeypatch, lanes: int, capability: int, layout: str, projection: bool) -> list[Launch]:
+    """The launches of a forward and a backward that walk tiles, as for that GPU."""
     monkeypatch.setattr(batch_norm, "INTERPRETED", False)
-    layer = layers.Layer("", (32, 64, 56, 56), "relu", True, 1)
-    limits = {"contiguous": [128, 144, None], "channels_last": [128, None, 128]}
-    for lanes, layout in ((32, "contiguous"), (32, "channels_last"), (64, "channels_last")):
-        monkeypatch.setattr(batch_norm, "LANES", lanes)
-        cases = [layers.Case(layer, "bfloat16", layout, direction) for direction in ("forward", "backward")]
-        launches = [launch for case in cases for launch in layers.launches_of(case, layers.tensors_of(case))]
-        found = [launch.options.get("maxnreg") for launch in launches if launch.name != "forward_statistics_kernel"]
-        assert found == (limits[layout] if lanes == 32 else [None] * 3)
+    monkeypatch.setattr(batch_norm, "LANES", lanes)
+    monkeypatch.setattr(batch_norm, "_capability", lambda: capability)
+    layer = layers.Layer("", (32, 64, 56, 56), "relu", True, 1, projection)
+    cases = [layers.Case(layer, "bfloat16", layout, direction) for direction in ("forward", "backward")]
+    return [launch for case in cases for launch in layers.launches_of(case, layers.tensors_of(case))]
+
+
+@pytest.mark.parametrize(
+    ("lanes", "capability", "layout", "projection", "limits"),
+    [
+        (32, 90, "contiguous", False, [None, 128, 144, None]),
+        (32, 100, "channels_last", False, [None, 128, None, 128]),
+        (32, 80, "contiguous", False, [None, 128, 144, 64]),
+        (32, 89, "channels_last", False, [None, 128, None, 128]),
+        (32, 90, "contiguous", True, [None, None, 144, 128]),
+        (32, 80, "channels_last", True, [None, None, None, 192]),
+        (64, 0, "contiguous", False, [None] * 4),
+        (64, 0, "contiguous", True, [None] * 4),
+    ],
+)
+def test_the_compiler_is_told_what_keeps_it_from_spilling(
+    monkeypatch, lanes, capability, layout, projection, limits
+):  # fmt: skip
+    """On NVIDIA's GPUs: else ptxas spills loops, and not the same for all. AMD's compiler knows no such option."""
+    launches = _walked(monkeypatch, lanes, capability, layout, projection)
+    assert [launch.options.get("maxnreg") for launch in launches] == limits
+
+
+@pytest.mark.parametrize(("lanes", "stages"), [(32, [6, 1, 6, 3]), (64, [3, 1, 3, 1])])
+def test_loops_of_many_registers_have_tiles_in_flight(monkeypatch, lanes, stages):
+    """Those that write in planes as well, where asynchronous copies cost no registers."""
+    launches = _walked(monkeypatch, lanes, 90, "contiguous", projection=True)
+    assert [launch.args["STAGES"] for launch in launches] == stages
+    case = layers.Case(layers.Layer("", (32, 64, 56, 56), "relu", True, 1), "bfloat16", "contiguous", "synchronised")
+    (launch,) = layers.launches_of(case, layers.tensors_of(case))
+    assert launch.args["STAGES"] == stages[-1]
+
+
+def test_the_capability_is_that_of_the_current_gpu(monkeypatch):
+    for available, capability in ((True, 86), (False, 0)):
+        batch_norm._capability.cache_clear()
+        monkeypatch.setattr(batch_norm.torch.cuda, "is_available", lambda there=available: there)
+        monkeypatch.setattr(batch_norm.torch.cuda, "get_device_capability", lambda: (8, 6))
+        assert batch_norm._capability() == capability
+    batch_norm._capability.cache_clear()
 
 
 def test_a_small_audit(tmp_path):
@@ -298,12 +380,12 @@ def test_a_small_audit(tmp_path):
         with (tmp_path / "out" / f"audit-{name}.csv").open() as file:
             rows[name] = list(csv.DictReader(file))
     kernels = {row["kernel"] for row in rows["kernels"]}
-    assert kernels == {name.removesuffix("_kernel") for name in batch_norm.TENSORS} | {
+    assert kernels == {name.removesuffix("_kernel") for name in (*batch_norm.TENSORS, *double_batch_norm.TENSORS)} | {
         "norm_partial", "norm_merge", "gradient_scale",
     }  # fmt: skip
     for row in rows["kernels"]:
         assert int(row["registers"]) > 0
-        reads = row["kernel"] not in ("backward_finish", "norm_merge")
+        reads = row["kernel"] not in ("backward_finish", "double_backward_finish", "norm_merge")
         assert bool(row["load_bytes"]) == reads, json.dumps(row)
     inductor, ours = (sum(float(row[f"{name}_us"]) for row in rows["times"]) for name in ("inductor", "vgkern"))
     assert inductor > ours > 0

@@ -19,7 +19,7 @@ from common import NAMES, bits, randomised
 
 import vgkern
 from vgkern.activations import TABLE, resolve
-from vgkern.functional import batch_norm_act
+from vgkern.functional import batch_norm_act, double_batch_norm_act
 from vgkern.nn import BatchNormAct1d, BatchNormAct2d
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -48,6 +48,21 @@ def test_a_mean_of_1e4(backend, device, memory_format):
     x = (torch.randn(shape, device=device) + 1e4).contiguous(memory_format=FORMATS[memory_format])
     y = batch_norm_act(x, None, None, training=True, activation=None)
     assert (y.double() - _exact(x, *_moments(x))).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize(("dtype", "place", "rounding"), [(torch.bfloat16, 64.0, 2**-8), (torch.float16, 8.0, 2**-11)])
+def test_a_mean_between_neighbours_of_half_precision(backend, device, dtype, place, rounding):
+    """One x in thousands is the next number above 1e4, and no float32 is near enough to the mean. PyTorch: y is 0."""
+    x = torch.full((3000, 1), 9984.0, dtype=dtype, device=device)
+    x[7] += place
+    nothing = (None,) * 4
+    exact = _exact(x, *_moments(x))
+    for y in (
+        batch_norm_act(x, None, None, training=True, activation=None),
+        double_batch_norm_act(x, torch.zeros_like(x), *nothing, training=True, activation=None),
+        double_batch_norm_act(torch.zeros_like(x), x, *nothing, training=True, activation=None),
+    ):
+        assert ((y.double() - exact).abs() <= 1.01 * rounding * exact.abs()).all()
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

@@ -41,8 +41,8 @@ def _lines_of(module: str, *arguments: str, interpret: bool = False) -> list[dic
 def gather(which: str, targets: Sequence[str]) -> dict[str, Any]:
     """{"code", "traffic", "inductor": rows, "why_no_inductor": str}; two processes at a time."""
     with ThreadPoolExecutor(max_workers=2) as pool:
+        traffic = pool.submit(_lines_of, "traffic", which, interpret=True)  # the longest first
         code = [pool.submit(_lines_of, "compiled", target, which) for target in targets]
-        traffic = pool.submit(_lines_of, "traffic", which, interpret=True)
         inductor = pool.submit(_lines_of, "inductor", which)
         rows = [row for job in code for row in job.result()]
         why = ""

@@ -13,11 +13,11 @@ REASONS = {
     "norm_merge": "a few small programs, which wait for one another's latency and not for bandwidth",
     "forward_channel": "keeps the channel in registers, which saves a read of x",
     "backward_channel": "keeps the channel in registers, which saves a read of x and of dy",
-    "input_gradient": "sums up dx² in float64 beside what backward_apply keeps in registers",
 }
 #: The same for planes of an odd number of halves, whose loads are 2 bytes wide, less than an asynchronous copy moves.
 ODD_REASONS = {
     "backward_reduce": "2 bytes a load, so no asynchronous copies, and the registers that float64 sums take",
+    "double_backward_apply": "2 bytes a load, so no asynchronous copies, and the registers of two batch norms",
 }
 ODD_OCCUPANCY = 0.25  # which they must have
 
@@ -32,11 +32,13 @@ LAUNCHES = 2
 
 def reason(row: Mapping[str, Any]) -> str:
     """Why a specialisation may have less than half of the warps; empty if there is none."""
-    if row["kernel"] in REASONS:
-        return REASONS[row["kernel"]]
+    kernel = row["kernel"].removeprefix("double_")
+    if kernel in REASONS:
+        return REASONS[kernel]
     odd = row["aligned_bytes"] == 2 and row["occupancy"] >= ODD_OCCUPANCY
-    if odd and row["kernel"] in ODD_REASONS:
-        return ODD_REASONS[row["kernel"]]
+    for name in (row["kernel"], kernel):
+        if odd and name in ODD_REASONS:
+            return ODD_REASONS[name]
     needed = TARGETS[row["target"]].needed_in_flight
     if row["bytes_in_flight"] >= needed:
         return f"{row['bytes_in_flight'] / 1024:.0f} KB in flight, {needed / 1024:.0f} KB keep memory busy"

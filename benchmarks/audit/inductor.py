@@ -78,21 +78,25 @@ def _graphs(case: layers.Case, training: bool) -> list[tuple[Any, list[Any]]]:
         found.append((graph, inputs))
         return make_boxed_func(graph.forward)
 
-    def function(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        y = F.batch_norm(x, mean, var, weight, bias, training, 0.1, 1e-5)
+    def function(x: Tensor, residual: Tensor | None, *norms: Tensor) -> Tensor:
+        def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+            return F.batch_norm(x, mean, var, weight, bias, training, 0.1, 1e-5)
+
+        y = batch_norm(x, *norms[:4])
         if residual is not None:
-            y = y + residual
+            y = y + (batch_norm(residual, *norms[4:]) if case.layer.projection else residual)
         return torch.relu(y) if case.layer.activation == "relu" else y
 
     with FakeTensorMode():
         t = layers.tensors_of(case, "meta")
         inputs = []
-        for name in ("x", "residual", "weight", "bias", "running_mean", "running_var"):
-            meta = t[name]
+        for name, meta in t.items():
+            if name == "dy":
+                continue
             fake = None
             if meta is not None:
                 fake = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype)
-                fake.requires_grad_(training and not name.startswith("running"))
+                fake.requires_grad_(training and "running" not in name)
             inputs.append(fake)
         compiled = aot_function(
             function, fw_compiler=keep, bw_compiler=keep, inference_compiler=keep,

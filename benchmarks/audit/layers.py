@@ -15,49 +15,62 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 @dataclass(frozen=True)
 class Layer:
-    """``count`` layers of a net that are alike: ``act(batch_norm(x) + residual)`` on x of ``shape``."""
+    """``count`` layers of a net that are alike: ``act(batch_norm(x) + residual)`` on x of ``shape``.
+
+    ``projection``: the residual has a batch norm too, so that it is two of the net's. ``shared``: several processes may
+    share its statistics.
+    """
 
     net: str
     shape: tuple[int, int, int, int]
     activation: str
     residual: bool
     count: int
+    projection: bool = False
+    shared: bool = True
 
     @property
     def label(self) -> str:
-        return f"{'x'.join(map(str, self.shape))} {self.activation}{' + residual' if self.residual else ''}"
+        residual = " + batch norm" if self.projection else " + residual" if self.residual else ""
+        return f"{'x'.join(map(str, self.shape))} {self.activation}{residual}"
 
 
 def resnet50(batch: int) -> list[Layer]:
-    """The 53 batch norms of a ResNet-50 on 224 × 224 (He et al., arXiv 1512.03385), strides in 3 × 3 convolutions."""
-    counts: dict[tuple[int, int, str, bool], int] = {(64, 112, "relu", False): 1}
+    """The 53 batch norms of a ResNet-50 on 224 × 224 (He et al., arXiv 1512.03385), strides in 3 × 3 convolutions.
 
-    def add(channels: int, size: int, activation: str, residual: bool) -> None:
-        key = channels, size, activation, residual
+    A projection's is part of the layer in which its block ends, as ``vgkern.fuse`` has it: 49 layers.
+    """
+    counts: dict[tuple[int, int, bool, bool], int] = {(64, 112, False, False): 1}
+
+    def add(channels: int, size: int, residual: bool = False, projection: bool = False) -> None:
+        key = channels, size, residual, projection
         counts[key] = counts.get(key, 0) + 1
 
     size = 56
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for block in range(blocks):
-            add(width, size, "relu", False)
-            if block == 0:
-                size = {64: 56, 128: 28, 256: 14, 512: 7}[width]
-                add(4 * width, size, "identity", False)
-            add(width, size, "relu", False)
-            add(4 * width, size, "relu", True)
+            add(width, size)
+            size = {64: 56, 128: 28, 256: 14, 512: 7}[width]
+            add(width, size)
+            add(4 * width, size, residual=True, projection=block == 0)
     name = f"resnet50, batch {batch}"
-    return [Layer(name, (batch, c, s, s), act, residual, n) for (c, s, act, residual), n in counts.items()]
+    return [
+        Layer(name, (batch, c, s, s), "relu", residual, n, double) for (c, s, residual, double), n in counts.items()
+    ]
 
 
 def cifar_resnet(batch: int, depth: int = 56) -> list[Layer]:
-    """The batch norms of a CIFAR ResNet of depth 6n + 2 without projections (the same paper, section 4.2)."""
+    """The batch norms of a CIFAR ResNet of depth 6n + 2 without projections (the same paper, section 4.2).
+
+    One GPU holds all of its batch: no statistics are shared.
+    """
     n = (depth - 2) // 6
     name = f"cifar resnet{depth}, batch {batch}"
     layers = []
     for width, size in ((16, 32), (32, 16), (64, 8)):
         stem = 1 if width == 16 else 0
-        layers.append(Layer(name, (batch, width, size, size), "relu", False, n + stem))
-        layers.append(Layer(name, (batch, width, size, size), "relu", True, n))
+        for residual, count in ((False, n + stem), (True, n)):
+            layers.append(Layer(name, (batch, width, size, size), "relu", residual, count, shared=False))
     return layers
 
 
@@ -90,17 +103,22 @@ class Selection(NamedTuple):
     directions: tuple[str, ...] = ("forward", "backward", "eval")
 
 
+#: Every kind of pass; "synchronised": dx over statistics that processes share.
+DIRECTIONS = ("forward", "backward", "eval", "synchronised")
+
 SELECTIONS = {
     # Channels that are walked in many programs, and channels that fit one.
-    "full": Selection([*resnet50(256), *cifar_resnet(128)], tuple(DTYPES)),
+    "full": Selection([*resnet50(256), *cifar_resnet(128)], tuple(DTYPES), DIRECTIONS),
     # As few as reach every kernel; for tests.
     "small": Selection(
         [
             Layer("small", (256, 64, 56, 56), "relu", True, 1),
             Layer("small", (32, 2048, 7, 7), "relu", True, 1),
+            Layer("small", (256, 256, 56, 56), "relu", True, 1, projection=True),
+            Layer("small", (16, 2048, 7, 7), "relu", True, 1, projection=True),
         ],
         ("bfloat16",),
-        ("forward", "backward", "eval", "synchronised"),
+        DIRECTIONS,
     ),
 }
 
@@ -112,7 +130,7 @@ class Case:
     layer: Layer
     dtype: str
     layout: str
-    direction: str  # "forward", "backward", "eval", or "synchronised": dx over statistics that processes share
+    direction: str  # one of DIRECTIONS
 
 
 def cases(selection: Selection) -> Iterator[Case]:
@@ -120,11 +138,15 @@ def cases(selection: Selection) -> Iterator[Case]:
         for dtype in selection.dtypes:
             for layout in FORMATS:
                 for direction in selection.directions:
-                    yield Case(layer, dtype, layout, direction)
+                    if direction != "synchronised" or (layer.shared and not layer.projection):
+                        yield Case(layer, dtype, layout, direction)
 
 
 def tensors_of(case: Case, device: str = "meta", shape: tuple[int, ...] | None = None) -> dict[str, Any]:
-    """x, residual, dy, weight, bias and running statistics: float32 parameters, as autocast leaves them."""
+    """x, residual, dy, weight, bias and running statistics: float32 parameters, as autocast leaves them.
+
+    With a projection also residual_weight and so on.
+    """
     dtype = DTYPES[case.dtype]
     shape = shape or case.layer.shape
 
@@ -136,9 +158,10 @@ def tensors_of(case: Case, device: str = "meta", shape: tuple[int, ...] | None =
     def channels() -> Tensor:
         return torch.ones(shape[1], device=device)
 
+    norms = ("", "residual_") if case.layer.projection else ("",)
     return {
         "x": like_x(), "residual": like_x() if case.layer.residual else None, "dy": like_x(),
-        "weight": channels(), "bias": channels(), "running_mean": channels(), "running_var": channels(),
+        **{f"{norm}{name}": channels() for norm in norms for name in ("weight", "bias", "running_mean", "running_var")},
     }  # fmt: skip
 
 
@@ -149,6 +172,8 @@ def launches_of(case: Case, tensors: dict[str, Any]) -> list[Any]:
     from vgkern.backends import triton as backend
 
     layer, t = case.layer, tensors
+    if layer.projection:
+        return _projection_launches(case, tensors)
     training = case.direction != "eval"
     running = (None, None) if training else (t["running_mean"], t["running_var"])
     (_, statistics, mask), forward = backend.forward_launches(
@@ -169,6 +194,33 @@ def launches_of(case: Case, tensors: dict[str, Any]) -> list[Any]:
         True, 1e-5, layer.activation, [], 0.0, float("inf"), (True, layer.residual, True, True, False, True),
     )  # fmt: skip
     return backward
+
+
+def _projection_launches(case: Case, tensors: dict[str, Any]) -> list[Any]:
+    """As ``launches_of``, of a layer whose residual has a batch norm of its own."""
+    from vgkern.kernels import launching
+
+    from vgkern.backends import triton as backend
+
+    layer, t = case.layer, tensors
+    training = case.direction != "eval"
+
+    def norm(prefix: str) -> list[Any]:
+        running = (None, None) if training else (t[f"{prefix}running_mean"], t[f"{prefix}running_var"])
+        return [t[f"{prefix}weight"], t[f"{prefix}bias"], *running]
+
+    (_, statistics, mask), forward = backend.double_forward_launches(
+        t["x"], t["residual"], *norm(""), *norm("residual_"), None, training, 1e-5, 1e-5, layer.activation, [], training
+    )
+    if case.direction != "backward":
+        return forward
+    if t["x"].device.type != "meta":
+        launching.launch(forward, t["x"].device)
+    wanted = (True,) * 6 + (False, True, True)  # all but the gradient of a slope; two records
+    return backend.double_backward_launches(
+        t["dy"], t["x"], t["residual"], mask if mask.numel() else None, statistics, *norm("")[:2],
+        *norm("residual_")[:2], None, True, 1e-5, 1e-5, layer.activation, [], wanted,
+    )[1]  # fmt: skip
 
 
 def gradient_launches(dtype: str, tensors: list[Tensor] | None = None) -> list[Any]:

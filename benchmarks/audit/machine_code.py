@@ -70,7 +70,7 @@ def _source(path: str) -> tuple[list[str], dict[int, str], dict[int, str]]:
 
 _NAME = re.compile(r"\b([a-z_]+)_ptr\b")
 _BASE = re.compile(r"\bbase\b")  # of a tensor whose address comes from a table
-_TENSORS = {"x", "residual", "dy", "y", "dx", "dresidual", "mask"}
+_TENSORS = {"x", "residual", "source", "dy", "y", "dx", "dresidual", "mask"}  # source: x or residual
 
 
 def kind_of(frames: Iterable[tuple[str, int]]) -> str:

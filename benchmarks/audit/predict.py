@@ -21,10 +21,10 @@ def eager(case: layers.Case) -> tuple[float, float]:
     Batch norm: x for the statistics, then x to y; backward dy and x for the sums, then dy and x to dx. Add: two tensors
     to one, and its backward hands dy on as it is. ReLU: one to one; its backward dy and y to dz.
     """
-    relu, residual = case.layer.activation == "relu", case.layer.residual
+    relu, residual, norms = case.layer.activation == "relu", case.layer.residual, 1 + case.layer.projection
     if case.direction == "forward":
-        return 2 + residual + relu, 3 + 3 * residual + 2 * relu
-    return 2 + relu, 5 + 3 * relu
+        return 2 * norms + residual + relu, 3 * norms + 3 * residual + 2 * relu
+    return 2 * norms + relu, 5 * norms + 3 * relu
 
 
 def unit(case: layers.Case) -> int:

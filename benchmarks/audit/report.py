@@ -211,6 +211,7 @@ def _occupancy_figure(code: Rows) -> str:
 
     targets = list(dict.fromkeys(row["target"] for row in code))
     kernels = sorted({row["kernel"] for row in code})
+    single = sorted({kernel.removeprefix("double_") for kernel in kernels})  # a double has its colour and a square
     colours = [
         "#0072B2",
         "#E69F00",
@@ -227,12 +228,13 @@ def _occupancy_figure(code: Rows) -> str:
     figure = Figure(figsize=(11, 2.6 * rows + 0.6), layout="constrained")
     panels = figure.subplots(rows, min(len(targets), 2), sharex=True, sharey=True, squeeze=False).ravel()
     for axes, target in zip(panels, targets, strict=False):
-        for kernel, colour in zip(kernels, colours, strict=False):
+        for kernel in kernels:
             chosen = [row for row in code if row["target"] == target and row["kernel"] == kernel]
             if chosen:
                 axes.scatter(
                     [row["registers"] for row in chosen], [100 * row["occupancy"] for row in chosen],
-                    s=16, color=colour, alpha=0.7, label=kernel,
+                    s=16, color=colours[single.index(kernel.removeprefix("double_")) % len(colours)], alpha=0.7,
+                    label=kernel, marker="s" if kernel.startswith("double_") else "o",
                 )  # fmt: skip
         axes.axhline(100 * findings.OCCUPANCY, color="#8C8C8C", linewidth=1, linestyle=":")
         axes.set_title(target, loc="left", fontsize=10)

@@ -33,7 +33,7 @@ def floor_units(case: layers.Case) -> float:
     relu, residual = case.layer.activation == "relu", case.layer.residual
     mask = 1 / 8 / layers.DTYPES[case.dtype].itemsize if relu and residual else 0.0
     if case.direction == "backward":
-        return 3.0 + residual + mask  # dy, x, dx; dresidual
+        return 3.0 + residual + case.layer.projection + mask  # dy, x, dx; dresidual; residual
     if case.direction == "synchronised":
         return 3.0 + mask
     return 2.0 + residual + (mask if case.direction == "forward" else 0.0)
