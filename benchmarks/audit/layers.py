@@ -17,8 +17,7 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 class Layer:
     """``count`` layers of a net that are alike: ``act(batch_norm(x) + residual)`` on x of ``shape``.
 
-    ``projection``: the residual has a batch norm too, so that it is two of the net's. ``shared``: several processes may
-    share its statistics.
+    ``projection``: the residual has a batch norm too, so that it is two of the net's.
     """
 
     net: str
@@ -27,7 +26,6 @@ class Layer:
     residual: bool
     count: int
     projection: bool = False
-    shared: bool = True
 
     @property
     def label(self) -> str:
@@ -60,17 +58,14 @@ def resnet50(batch: int) -> list[Layer]:
 
 
 def cifar_resnet(batch: int, depth: int = 56) -> list[Layer]:
-    """The batch norms of a CIFAR ResNet of depth 6n + 2 without projections (the same paper, section 4.2).
-
-    One GPU holds all of its batch: no statistics are shared.
-    """
+    """The batch norms of a CIFAR ResNet of depth 6n + 2 without projections (the same paper, section 4.2)."""
     n = (depth - 2) // 6
     name = f"cifar resnet{depth}, batch {batch}"
     layers = []
     for width, size in ((16, 32), (32, 16), (64, 8)):
         stem = 1 if width == 16 else 0
-        for residual, count in ((False, n + stem), (True, n)):
-            layers.append(Layer(name, (batch, width, size, size), "relu", residual, count, shared=False))
+        layers.append(Layer(name, (batch, width, size, size), "relu", False, n + stem))
+        layers.append(Layer(name, (batch, width, size, size), "relu", True, n))
     return layers
 
 
@@ -108,7 +103,7 @@ DIRECTIONS = ("forward", "backward", "eval", "synchronised")
 
 SELECTIONS = {
     # Channels that are walked in many programs, and channels that fit one.
-    "full": Selection([*resnet50(256), *cifar_resnet(128)], tuple(DTYPES), DIRECTIONS),
+    "full": Selection([*resnet50(256), *cifar_resnet(128)], tuple(DTYPES)),
     # As few as reach every kernel; for tests.
     "small": Selection(
         [
@@ -138,7 +133,7 @@ def cases(selection: Selection) -> Iterator[Case]:
         for dtype in selection.dtypes:
             for layout in FORMATS:
                 for direction in selection.directions:
-                    if direction != "synchronised" or (layer.shared and not layer.projection):
+                    if not (layer.projection and direction == "synchronised"):  # processes share one batch norm's
                         yield Case(layer, dtype, layout, direction)
 
 
