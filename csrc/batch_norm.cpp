@@ -239,7 +239,9 @@ class Operation {
     if (common_.dtype == kFloat64) {
       parameters_[i] = value;
     } else {
-      reinterpret_cast<float*>(parameters_.get())[i] = static_cast<float>(value);
+      // Of NaNs the one without a payload: to_bfloat16 relies on it.
+      constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+      reinterpret_cast<float*>(parameters_.get())[i] = std::isnan(value) ? kNan : static_cast<float>(value);
     }
   }
 

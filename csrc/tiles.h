@@ -16,8 +16,12 @@ namespace {
 
 // ---- The walk ------------------------------------------------------------------------------------------------------
 
-// Vectors that are summed in R before float64 takes over: few, so that rounding stays at that of one addition.
-constexpr int kStrip = 8;
+// Terms of a sum in R before float64 takes over: few, so that rounding stays at that of one addition; more where they
+// have fewer digits than R.
+template <class T>
+constexpr int64_t kSummedTerms = sizeof(T) == 2 ? 32 : 8;
+// Of a pass that sums nothing in R.
+constexpr int64_t kNoTerms = int64_t{1} << 32;
 
 // How a pass walks: how many vectors it works on at a time, so that it asks once for all of them what is there and what
 // is wanted, and how many columns at a time: two of each where z is evaluated, whose constants take the registers, and
@@ -45,7 +49,7 @@ struct Block {
   VGKERN_INLINE int64_t element_of(int j) const { return element + offset(j, row, kLanes<R>); }
   VGKERN_INLINE int64_t mask_byte_of(int j) const { return mask_byte + offset(j, mask_row, kLanes<R> / 8); }
   VGKERN_INLINE int64_t dz_of(int j) const { return dz + offset(j, dz_row, kLanes<R>); }
-  VGKERN_INLINE bool whole() const { return lanes == kLanes<R>; }
+  VGKERN_INLINE bool whole() const { return __builtin_expect(lanes == kLanes<R>, 1); }
   // A bit for each lane of the last vector that is not filled in.
   VGKERN_INLINE unsigned bits() const { return (1u << lanes) - 1; }
 
@@ -83,8 +87,8 @@ class Lookout {
 };
 
 // Takes a pass over a tile. For every stretch of a plane, and, across, for every pair of columns, it makes a
-// Pass::Stretch<COLUMNS>(pass, channel), calls run<VECTORS>(block) for its blocks, end_strip() after every kStrip
-// vectors of a column, and finish() in the end.
+// Pass::Stretch<COLUMNS>(pass, channel), calls run<VECTORS>(block) for its blocks, end_strip() as often as the
+// pass's kTerms say, and finish() in the end.
 //
 // The hardware's prefetching ends with a page or a plane, and does not follow a walk down columns. So every vector asks
 // for one that comes later: over planes, for that of the Lookout; across, for one of the next band, and these in the
@@ -95,6 +99,8 @@ VGKERN_INLINE void walk(Pass& pass) {
   using R = Opmath<T>;
   constexpr int kStep = kLanes<R>, kWidth = Pass::Width::vectors;
   const Tile& tile = pass.tile;
+  constexpr int64_t kColumnStrip =
+      Pass::kTerms * (kWidth > 1 ? 2 : 1);  // a StretchSum adds one column up in two halves
   const int64_t whole = tile.width / kStep, vectors = (tile.width + kStep - 1) / kStep;
   const int rest = static_cast<int>(tile.width - whole * kStep);
 
@@ -109,7 +115,7 @@ VGKERN_INLINE void walk(Pass& pass) {
         at.mask_byte = tile.mask_offset + run * tile.mask_stride + channel * tile.mask_channel_stride;
         at.dz = (run * tile.channels + channel) * vectors * kStep;
         for (int64_t v = 0; v < vectors;) {
-          const int64_t end = v + kStrip < vectors ? v + kStrip : vectors;
+          const int64_t end = v + kColumnStrip < vectors ? v + kColumnStrip : vectors;
           for (; v + kWidth <= end; v += kWidth) {
             at.lanes = v + kWidth <= whole ? kStep : rest;
             at.ahead = lookout.element();
@@ -166,7 +172,7 @@ VGKERN_INLINE void walk(Pass& pass) {
         start(at);
         at.ahead = next(2);
         for (int64_t row = first_row; row < end_row;) {
-          const int64_t end = row + kStrip < end_row ? row + kStrip : end_row;
+          const int64_t end = row + Pass::kTerms < end_row ? row + Pass::kTerms : end_row;
           for (; row + kWidth / 2 <= end; row += kWidth / 2) {
             stretch.template run<kWidth>(at);
             at.advance(kWidth);
@@ -186,7 +192,7 @@ VGKERN_INLINE void walk(Pass& pass) {
       start(at);
       at.ahead = next(1);
       for (int64_t row = first_row; row < end_row;) {
-        const int64_t end = row + kStrip < end_row ? row + kStrip : end_row;
+        const int64_t end = row + kColumnStrip < end_row ? row + kColumnStrip : end_row;
         if (kWidth > 1 && tile.stride == kStep) {  // rows of one vector each: they lie side by side
           at.ahead = at.element + kLookout<T>;
           for (; row + kWidth <= end; row += kWidth) {
@@ -237,12 +243,17 @@ template <int VECTORS, class T, class R, int COLUMNS>
 VGKERN_INLINE void store_block(const Vec<R> (&v)[VECTORS], T* base, const Block<R, COLUMNS>& at, Outputs outputs) {
   constexpr int kLast = VECTORS - 1;
   if (COLUMNS == 1 && !at.whole()) {
-    unroll<kLast>([&](auto j) VGKERN_LAMBDA { store(base + at.element_of(j), v[j]); });
-    store(base + at.element_of(kLast), v[kLast], at.lanes);
-  } else if (outputs == Outputs::streamed) {
-    unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { stream(base + at.element_of(j), v[j]); });
+    unroll<kLast / 2>([&](auto j) VGKERN_LAMBDA { store_pair(base + at.element_of(2 * j), v[2 * j], v[2 * j + 1]); });
+    if constexpr (VECTORS == 1) {
+      store(base + at.element_of(0), v[0], at.lanes);
+    } else {
+      store_pair(base + at.element_of(kLast - 1), v[kLast - 1], v[kLast], at.lanes);
+    }
   } else if constexpr (VECTORS == 1) {
-    store(base + at.element_of(0), v[0]);
+    outputs == Outputs::streamed ? stream(base + at.element_of(0), v[0]) : store(base + at.element_of(0), v[0]);
+  } else if (outputs == Outputs::streamed) {
+    unroll<VECTORS / 2>([&](auto j)
+                            VGKERN_LAMBDA { stream_pair(base + at.element_of(2 * j), v[2 * j], v[2 * j + 1]); });
   } else {
     unroll<VECTORS / 2>([&](auto j) VGKERN_LAMBDA { store_pair(base + at.element_of(2 * j), v[2 * j], v[2 * j + 1]); });
   }
@@ -347,6 +358,15 @@ struct WideSum {
   }
   VGKERN_INLINE void end_strip() {}
   VGKERN_INLINE void add(int j, Wide<R> value) { total[j % COLUMNS] += value; }
+  // A block's, two of a column at a time added up in R.
+  template <int VECTORS>
+  VGKERN_INLINE void add_in_pairs(const Vec<R> (&v)[VECTORS]) {
+    if constexpr (VECTORS == 4) {
+      unroll<2>([&](auto j) VGKERN_LAMBDA { add(j, v[j] + v[j + 2]); });
+    } else {
+      unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { add(j, v[j]); });
+    }
+  }
   VGKERN_INLINE void add_product(int j, Wide<R> a, Wide<R> b) { total[j % COLUMNS] = fma(a, b, total[j % COLUMNS]); }
 };
 
@@ -658,14 +678,15 @@ VGKERN_INLINE void differentiate(Derivative<R, VECTORS>& out, const F& activatio
 
 // ---- Passes --------------------------------------------------------------------------------------------------------
 
-// Σ (x − pivot), and Σ (x − pivot)² over strips in S: mean is right to its own last place, where it is small
-// beside the deviation too; var, which has no such place, to 1e-7.
+// Σ (x − pivot), and Σ (x − pivot)² over strips in S: the latter gives var to 1e-7. The former, of float32, is made in
+// float64 but for one addition, of two deviations. What that errs by, half a unit in their last place, comes down by
+// √count as the deviations themselves do, so that the mean is right to its own last place where chance alone makes it.
 template <class T, class S>
 struct StatisticsPass {
   using Element = T;
   using R = Opmath<T>;
   using Width = std::conditional_t<std::is_same_v<S, Vec<R>>, WidthOf<T>, vgkern::Width<1, 1>>;  // sums in S are rare
-  static constexpr int64_t kBandRows = kStrip;
+  static constexpr int64_t kTerms = kSummedTerms<T>, kBandRows = 8;
 
   const Tile tile;  // a copy: what the kernel stores cannot be one of its fields
   LaneSums<R, 0, 2> sums{tile};
@@ -688,12 +709,16 @@ struct StatisticsPass {
     VGKERN_INLINE void run(const Block<R, COLUMNS>& at) {
       Vec<R> x[VECTORS];
       load_block(x, static_cast<const T*>(pass.tile.x), at, fill);
+      S deviation[VECTORS];
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
-        using Term = typename CancellingSum<T, R, S, COLUMNS>::Term;
-        const S deviation = S(x[j]) - S(pivot[j]);
-        sum.add(j, Term(x[j]) - Term(pivot[j]));  // not of the rounded difference
-        squares.add_product(j, deviation, deviation);
+        deviation[j] = S(x[j]) - S(pivot[j]);
+        squares.add_product(j, deviation[j], deviation[j]);
       });
+      if constexpr (std::is_same_v<T, float> && std::is_same_v<S, Vec<R>>) {
+        sum.add_in_pairs(deviation);
+      } else {
+        unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { sum.add(j, deviation[j]); });
+      }
     }
     VGKERN_INLINE void end_strip() {
       sum.end_strip();
@@ -718,7 +743,7 @@ struct ForwardPass {
   using Element = T;
   using R = Opmath<T>;
   using Width = WidthOf<T, F::reads>;
-  static constexpr int64_t kBandRows = 2;
+  static constexpr int64_t kTerms = kNoTerms, kBandRows = 2;
 
   Tile tile;
   const F activation{tile.activation_args};
@@ -773,7 +798,8 @@ struct ReducePass {
   using R = Opmath<T>;
   static constexpr bool kRare = !std::is_same_v<S, Vec<R>>;
   using Width = std::conditional_t<kRare, vgkern::Width<1, 1>, WidthOf<T, F::reads>>;
-  static constexpr int64_t kBandRows = 4 * kStrip;  // what is added up for a stretch is worth a few rows more
+  static constexpr int64_t kTerms = kSummedTerms<T>,
+                           kBandRows = 32;  // what is added up for a stretch is worth a few rows more
 
   Tile tile;
   const F activation{tile.activation_args};
@@ -781,6 +807,9 @@ struct ReducePass {
   LaneSums<R, 0, F::has_weight ? kDzResidualDeviation : kDead> sums{tile};
   LaneSums<R, kDzResidualDeviation, kDxSquares> residual_sums{tile, tile.normalises_residual};
   int64_t counted = 0;  // by Derivative
+
+  // Without it GCC zeroes the whole object, stages and all, with each call.
+  VGKERN_INLINE explicit ReducePass(const Tile& tile) : tile(tile) {}
 
   VGKERN_INLINE void start_run(int64_t first) { stages.start(first); }
   VGKERN_INLINE void finish_run(int64_t first) { stages.finish(first); }
@@ -887,7 +916,7 @@ struct ApplyPass {
   using Element = T;
   using R = Opmath<T>;
   using Width = WidthOf<T, F::reads>;
-  static constexpr int64_t kBandRows = 2;
+  static constexpr int64_t kTerms = kNoTerms, kBandRows = 2;
 
   Tile tile;
   const F activation{tile.activation_args};
@@ -989,7 +1018,9 @@ void from_double(const double* source, void* target, int64_t count) {
     const int lanes = static_cast<int>(count - i < kLanes<R> ? count - i : kLanes<R>);
     double buffer[kLanes<R>] = {};
     for (int lane = 0; lane < lanes; ++lane) buffer[lane] = source[i + lane];
-    store(static_cast<T*>(target) + i, narrow(load_wide<R>(buffer)), lanes);
+    const Vec<R> values = narrow(load_wide<R>(buffer));
+    const Vec<R> nan(std::numeric_limits<R>::quiet_NaN());
+    store(static_cast<T*>(target) + i, select(is_nan(values), nan, values), lanes);
   }
 }
 

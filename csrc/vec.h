@@ -374,6 +374,60 @@ VGKERN_INLINE void stream(R* p, Vec<R> v) {
   unroll<kParts>([&](auto i) VGKERN_LAMBDA { stream(p + i * kRegisterLanes, v.reg[i]); });
 }
 
+// Halves in memory: sixteen in one register of half the width with AVX-512; else as the IntVec<float> of their bits.
+#if VGKERN_AVX512
+
+template <class T>
+VGKERN_INLINE Vec<float> from_halves(__m256i halves) {
+  return each<Vec<float>>([&](auto) VGKERN_LAMBDA {
+    if constexpr (std::is_same_v<T, bfloat16>) return (F32)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+    if constexpr (std::is_same_v<T, float16>) return (F32)_mm512_cvtph_ps(halves);
+  });
+}
+
+// The lower (0) or upper (1) halves of thirty-two floats.
+template <int WHICH>
+VGKERN_INLINE __m512i halves_of(Vec<float> a, Vec<float> b) {
+  typedef int16_t I16 __attribute__((vector_size(64)));
+  I16 places{};
+  unroll<32>([&](auto i) VGKERN_LAMBDA { places[int{i}] = 2 * i + WHICH; });
+  return _mm512_permutex2var_epi16((__m512i)a.reg[0], (__m512i)places, (__m512i)b.reg[0]);
+}
+
+// Two vectors side by side, to the nearest, ties to even: up where what is cut off is more than a half, or the half of
+// an odd number. All upper halves in one register and all lower ones in another, the two take six instructions; each by
+// itself took four, and one to bring them together.
+//
+// A NaN of ones above and more than a one below would be carried out of. There is none: those that arithmetic makes, of
+// bfloat16 and of its own, have no ones below, and Operation::set and from_double let no other in.
+VGKERN_INLINE __m512i to_bfloat16(Vec<float> a, Vec<float> b) {
+  constexpr int kAOrBAndC = 0xf8;
+  const __m512i one = _mm512_set1_epi16(1), half = _mm512_set1_epi16(INT16_MIN);
+  const __m512i upper = halves_of<1>(a, b);
+  const __m512i rest = _mm512_ternarylogic_epi32(halves_of<0>(a, b), upper, one, kAOrBAndC);
+  return _mm512_mask_add_epi16(upper, _mm512_cmpgt_epu16_mask(rest, half), upper, one);
+}
+
+template <class T>
+VGKERN_INLINE __m256i to_halves(Vec<float> v) {
+  if constexpr (std::is_same_v<T, bfloat16>) return _mm512_castsi512_si256(to_bfloat16(v, v));
+  if constexpr (std::is_same_v<T, float16>) return _mm512_cvtps_ph((__m512)v.reg[0], _MM_FROUND_TO_NEAREST_INT);
+}
+
+#define VGKERN_HALVES(T)                                                            \
+  VGKERN_INLINE Vec<float> load(const T* p) {                                       \
+    return from_halves<T>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); \
+  }                                                                                 \
+  VGKERN_INLINE void store(T* p, Vec<float> v) {                                    \
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_halves<T>(v));            \
+  }                                                                                 \
+  VGKERN_INLINE void stream(T* p, Vec<float> v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_halves<T>(v)); }
+VGKERN_HALVES(bfloat16)
+VGKERN_HALVES(float16)
+#undef VGKERN_HALVES
+
+#else
+
 VGKERN_INLINE IntVec<float> load_halves(const uint16_t* p) {
   return each<IntVec<float>>([&](auto i) VGKERN_LAMBDA { return load_u16(p + i * (16 / kParts)); });
 }
@@ -384,54 +438,17 @@ VGKERN_INLINE void stream_halves(uint16_t* p, IntVec<float> v) {
   unroll<kParts>([&](auto i) VGKERN_LAMBDA { stream_u16(p + i * (16 / kParts), v.reg[i]); });
 }
 
-#if VGKERN_AVX512
-// Thirty-two int16, element i being value(i).
-template <class F>
-VGKERN_INLINE auto lanes_of_halves(F value) {
-  typedef int16_t I16 __attribute__((vector_size(64)));
-  I16 v{};
-  unroll<32>([&](auto i) VGKERN_LAMBDA { v[int{i}] = static_cast<int16_t>(value(i)); });
-  return v;
-}
-#endif
-
 // The upper half of a float.
 VGKERN_INLINE Vec<float> load(const bfloat16* p) { return as_real<float>(load_halves(&p->bits) << 16); }
 // To the nearest, ties to even, in the upper half; NaN is made quiet, since its payload may lie in the half that is cut
 // off.
-VGKERN_INLINE IntVec<float> round_to_bfloat16(Vec<float> v) {
-#if VGKERN_AVX512
-  return each<IntVec<float>>([&](auto i) VGKERN_LAMBDA {
-    const __m512i exact = (__m512i)v.reg[i];
-    const __mmask16 odd = _mm512_test_epi32_mask(exact, _mm512_set1_epi32(0x10000));
-    // Any NaN becomes that one whose mantissa the sum does not carry out of; all else stays.
-    const __m512i one_nan = _mm512_set1_epi32(0x33);
-    const __m512i safe = (__m512i)_mm512_fixupimm_ps((__m512)v.reg[i], (__m512)v.reg[i], one_nan, 0);
-    const __m512i rounded = _mm512_add_epi32(safe, _mm512_set1_epi32(0x7fff));
-    return (I32)_mm512_mask_add_epi32(rounded, odd, rounded, _mm512_set1_epi32(1));
-  });
-#else
+VGKERN_INLINE IntVec<float> to_bfloat16(Vec<float> v) {
   const IntVec<float> exact = as_int(v);
   const IntVec<float> rounded = exact + 0x7fff + ((exact >> 16) & 1);
-  return as_int(select(is_nan(v), as_real<float>(exact | 0x400000), as_real<float>(rounded)));
-#endif
-}
-VGKERN_INLINE IntVec<float> to_bfloat16(Vec<float> v) { return round_to_bfloat16(v) >> 16; }
-
-#if VGKERN_AVX512
-
-VGKERN_INLINE Vec<float> load(const float16* p) {
-  return each<Vec<float>>([&](auto) VGKERN_LAMBDA {
-    return (F32)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  });
-}
-VGKERN_INLINE IntVec<float> to_float16(Vec<float> v) {
-  return each<IntVec<float>>([&](auto) VGKERN_LAMBDA {
-    return (I32)_mm512_cvtepu16_epi32(_mm512_cvtps_ph(v.reg[0], _MM_FROUND_TO_NEAREST_INT));
-  });
+  return as_int(select(is_nan(v), as_real<float>(exact | 0x400000), as_real<float>(rounded))) >> 16;
 }
 
-#elif VGKERN_AVX2
+#if VGKERN_AVX2
 
 VGKERN_INLINE Vec<float> load(const float16* p) {
   return each<Vec<float>>([&](auto i) VGKERN_LAMBDA {
@@ -474,19 +491,29 @@ VGKERN_INLINE void store(float16* p, Vec<float> v) { store_halves(&p->bits, to_f
 VGKERN_INLINE void stream(bfloat16* p, Vec<float> v) { stream_halves(&p->bits, to_bfloat16(v)); }
 VGKERN_INLINE void stream(float16* p, Vec<float> v) { stream_halves(&p->bits, to_float16(v)); }
 
+#endif
+
 // Two vectors side by side.
 template <class T, class R>
 VGKERN_INLINE void store_pair(T* p, Vec<R> a, Vec<R> b) {
 #if VGKERN_AVX512
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    const __m512i upper_halves = (__m512i)lanes_of_halves([](int i) VGKERN_LAMBDA { return 2 * i + 1; });
-    _mm512_storeu_si512(p, _mm512_permutex2var_epi16((__m512i)round_to_bfloat16(a).reg[0], upper_halves,
-                                                     (__m512i)round_to_bfloat16(b).reg[0]));
-    return;
-  }
+  if constexpr (std::is_same_v<T, bfloat16>) return _mm512_storeu_si512(p, to_bfloat16(a, b));
 #endif
   store(p, a);
   store(p + kLanes<R>, b);
+}
+template <class T, class R>
+VGKERN_INLINE void stream_pair(T* p, Vec<R> a, Vec<R> b) {
+#if VGKERN_AVX512
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    const __m512i both = to_bfloat16(a, b);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(both));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p) + 1, _mm512_extracti64x4_epi64(both, 1));
+    return;
+  }
+#endif
+  stream(p, a);
+  stream(p + kLanes<R>, b);
 }
 
 // The bits of two vectors side by side, the first one's below.
@@ -512,9 +539,7 @@ VGKERN_INLINE Vec<R> load(const T* p, int lanes, R fill) {
   } else if constexpr (sizeof(T) == 8) {
     return each<Vec<R>>([&](auto) VGKERN_LAMBDA { return (F64)_mm512_mask_loadu_pd(_mm512_set1_pd(fill), mask.k, p); });
   } else {
-    T buffer[kLanes<R>];
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer), _mm256_maskz_loadu_epi16(mask.k, p));
-    return select(mask, load(buffer), Vec<R>(fill));
+    return select(mask, from_halves<T>(_mm256_maskz_loadu_epi16(mask.k, p)), Vec<R>(fill));
   }
 #else
 #if VGKERN_AVX2
@@ -542,9 +567,7 @@ VGKERN_INLINE void store(T* p, Vec<R> v, int lanes) {
   } else if constexpr (sizeof(T) == 8) {
     _mm512_mask_storeu_pd(p, mask.k, v.reg[0]);
   } else {
-    T buffer[kLanes<R>];
-    store(buffer, v);
-    _mm256_mask_storeu_epi16(p, mask.k, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(buffer)));
+    _mm256_mask_storeu_epi16(p, mask.k, to_halves<T>(v));
   }
 #else
 #if VGKERN_AVX2
@@ -561,6 +584,18 @@ VGKERN_INLINE void store(T* p, Vec<R> v, int lanes) {
   store(buffer, v);
   std::memcpy(p, buffer, static_cast<size_t>(lanes) * sizeof(T));
 #endif
+}
+
+// Two vectors side by side, the first `lanes` lanes of the second.
+template <class T, class R>
+VGKERN_INLINE void store_pair(T* p, Vec<R> a, Vec<R> b, int lanes) {
+#if VGKERN_AVX512
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    return _mm512_mask_storeu_epi16(p, (1u << 16 << lanes) - 1, to_bfloat16(a, b));
+  }
+#endif
+  store(p, a);
+  store(p + kLanes<R>, b, lanes);
 }
 
 // ---- Doubles for sums ----------------------------------------------------------------------------------------------

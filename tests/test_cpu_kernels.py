@@ -465,6 +465,36 @@ def test_parameters_in_float32_and_of_one_element(isa):
         assert ours["dactivation_weight"].shape == (1,)
 
 
+@pytest.mark.parametrize("rows", [False, True])
+def test_results_are_rounded_to_the_nearest_bfloat16(isa, rows):
+    """Every kind of upper half with every kind of lower one: ties, carries, denormals, infinities and NaNs of them."""
+    upper = torch.arange(0, 2**16, 1 if rows else 17, dtype=torch.int64)
+    upper = torch.cat([upper, torch.tensor([0x7F7F, 0x7F80, 0x7FC0, 0x7FFF, 0xFF7F, 0xFF80, 0xFFC0, 0xFFFF])])
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    patterns = (upper[:, None] * 2**16 + lower).flatten()
+    bias = torch.where(patterns < 2**31, patterns, patterns - 2**32).to(torch.int32).view(torch.float32)
+    channels = len(bias)
+    # Four whole vectors and a tail, then one vector and a tail.
+    for shape in ((2, channels),) if rows else ((1, channels, 69), (1, channels, 21)):
+        x = torch.zeros(shape, dtype=torch.bfloat16)
+        zeros = torch.zeros(channels)
+        settings = (None, False, 0.0, "identity", [], False)
+        y = cpu.batch_norm_act_forward(x, None, zeros, bias, zeros, zeros + 1, *settings)[0]
+        wanted = bias.to(torch.bfloat16)  # zeros as they are, for -0.0 + 0.0 is 0.0
+        for column in y.view(channels, -1).T if not rows else y:
+            torch.testing.assert_close(column, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_nan_of_all_ones_stays_nan_in_bfloat16(isa):
+    """Rounding its bits up would make -0 of it."""
+    ones = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    arguments, dy = _arguments((2, 2, 9), torch.float32, activation="identity", parameters=torch.bfloat16)
+    dy[0, :, 3] = ones
+    got = _forward_and_backward(arguments, dy)
+    assert got["dbias"].isnan().all()
+    assert got["dweight"].isnan().all()
+
+
 def test_the_table_of_types_is_that_of_the_contract():
     assert set(DTYPES) == set(ops.FLOATING_DTYPES)
     assert vgkern.backends.available()["cpu"] == "usable"
