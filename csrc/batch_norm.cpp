@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <fstream>
 #include <functional>
 #include <limits>
@@ -24,17 +25,17 @@ int64_t item_size(DataType dtype) { return dtype == kFloat64 ? 8 : dtype == kFlo
 
 // ---- Where the tiles lie -------------------------------------------------------------------------------------------
 
-// Elements of a slice, the unit of work of a thread and of summation. Large enough that a slice's sums cost little
-// beside it, small enough that 2²⁰ elements feed 16 threads.
-constexpr int64_t kSliceElements = 32768;
+// Of a tensor in a slice, the unit of work of a thread and of summation. Large enough that a slice's sums cost little
+// beside it, small enough that 2 MiB feed 16 threads.
+constexpr int64_t kSliceBytes = 128 * 1024;
 // A channel has at most this many slices, so that the sums of a huge tensor stay small.
 constexpr int64_t kMaxSlices = 256;
 // Planes: what is read in one go, if planes are small: those of several channels, as they lie side by side.
 constexpr int64_t kStretchBytes = 4096;
 // Across channels: channels of a group, so many that the next row's are not far.
 constexpr int64_t kGroupChannels = 1024;
-// Rows of a slice, at least: its sums take 56 bytes a channel.
-constexpr int64_t kSliceRows = 128;
+// Of a channel in a slice of rows, at least: its sums take 48 bytes, which are written, looked at and added up.
+constexpr int64_t kSliceColumnBytes = 512;
 // What a group's x may take to still lie in the L2 cache when its second pass begins.
 constexpr int64_t kGroupBytes = 512 * 1024;
 // What dz of a group may take, kept between its two passes.
@@ -52,7 +53,8 @@ class Grid {
     if (shape.rows) {
       height_ = shape.batch * shape.spatial;
       group_ = std::min(shape.channels, kGroupChannels);
-      extent_ = std::max({ceil_div(kSliceElements, group_), kSliceRows, ceil_div(height_, kMaxSlices)});
+      extent_ =
+          std::max({ceil_div(kSliceBytes / size, group_), kSliceColumnBytes / size, ceil_div(height_, kMaxSlices)});
       slices_ = ceil_div(height_, extent_);
       fits_cache_ = height_ * group_ * size * tensors <= kGroupBytes;
     } else {
@@ -62,7 +64,7 @@ class Grid {
           std::min(kStretchBytes / plane_bytes, kGroupBytes / (shape.batch * plane_bytes * tensors));
       group_ = std::clamp<int64_t>(together, 1, std::min<int64_t>(shape.channels, kTileChannels));
       const int64_t elements =
-          std::max(kSliceElements / group_, ceil_div(shape.batch * shape.spatial, kMaxSlices));  // of a channel
+          std::max(kSliceBytes / size / group_, ceil_div(shape.batch * shape.spatial, kMaxSlices));  // of a channel
       part_ = round_up(ceil_div(shape.spatial, ceil_div(shape.spatial, elements)), kChannelPadding);
       parts_ = ceil_div(shape.spatial, part_);
       extent_ = std::max<int64_t>(1, elements / shape.spatial);
@@ -156,6 +158,10 @@ struct Step {
   std::function<void(int64_t group, int64_t slice, char* kept)> slices;
   bool reverse = false;
 };
+
+bool any(const std::vector<char>& of_channel, int64_t begin, int64_t end) {
+  return std::any_of(of_channel.begin() + begin, of_channel.begin() + end, [](char is) { return is != 0; });
+}
 
 // The share of the last level of cache that a pass's tensors take where its outputs begin to be written past the
 // caches. Measured with a pass over the outputs behind it (2 threads on 2 cores, 32 MiB): from 19 MB of tensors on, the
@@ -367,6 +373,16 @@ class Operation {
   Tile base_{};
 };
 
+// Two channels' doubles: a register of every machine.
+typedef double Lanes __attribute__((vector_size(16)));
+constexpr int kLanes = 2;
+
+Lanes load(const double* p) {
+  Lanes v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
 // Sums over each slice, and their totals.
 class Sums {
  public:
@@ -385,14 +401,23 @@ class Sums {
     return base + begin;
   }
 
-  // Adds up the slices, in order, for rows [first, last) of channels [begin, end).
+  // Adds up the slices, in order, for rows [first, last) of channels [begin, end): sixteen at a time, in registers.
   void merge(int64_t begin, int64_t end, int first, int last) {
     for (int row = first; row < last; ++row) {
-      double* total = totals_.get() + row * stride_;
-      std::fill(total + begin, total + end, 0.0);
-      for (int64_t slice = 0; slice < grid_.slices(); ++slice) {
-        const double* part = parts_.get() + (slice * rows_ + row) * stride_;
-        for (int64_t c = begin; c < end; ++c) total[c] += part[c];
+      int64_t c = begin;
+      for (; c + 8 * kLanes <= end; c += 8 * kLanes) {
+        Lanes total[8] = {};
+        for (int64_t slice = 0; slice < grid_.slices(); ++slice) {
+          const double* part = parts(slice, row) + c;
+#pragma GCC unroll 8
+          for (int i = 0; i < 8; ++i) total[i] += load(part + i * kLanes);
+        }
+        std::memcpy(totals_.get() + row * stride_ + c, total, sizeof total);
+      }
+      for (; c < end; ++c) {
+        double total = 0.0;
+        for (int64_t slice = 0; slice < grid_.slices(); ++slice) total += part(slice, row, c);
+        totals_[row * stride_ + c] = total;
       }
     }
   }
@@ -420,9 +445,8 @@ class Sums {
     }
   }
 
-  double part(int64_t slice, int row, int64_t channel) const {
-    return parts_[(slice * rows_ + row) * stride_ + channel];
-  }
+  double part(int64_t slice, int row, int64_t channel) const { return parts(slice, row)[channel]; }
+  const double* parts(int64_t slice, int row) const { return parts_.get() + (slice * rows_ + row) * stride_; }
 
   double total(int row, int64_t channel) const { return totals_[row * stride_ + channel]; }
 
@@ -537,14 +561,11 @@ class ForwardPass : Operation {
     }
 
     void measure_again(int64_t group, int64_t slice) {
-      const int64_t begin = pass_.grid_.first_channel(group), end = pass_.grid_.end_channel(group);
-      if (std::any_of(again_.begin() + begin, again_.begin() + end, [](char far) { return far != 0; })) {
-        measure(group, slice);
-      }
+      if (any(again_, pass_.grid_.first_channel(group), pass_.grid_.end_channel(group))) measure(group, slice);
     }
 
     void settle(int64_t begin, int64_t end) {
-      sums_.merge(begin, end, 0, 2);
+      if (any(again_, begin, end)) sums_.merge(begin, end, 0, 2);
       const double count = pass_.count_;
       for (int64_t c = begin; c < end; ++c) {
         const double offset = sums_.total(kDeviation, c) / count;
@@ -602,16 +623,17 @@ class ForwardPass : Operation {
 constexpr double kClosedFormShare = 0.1;
 
 int64_t count_nonfinite(const void* data, DataType dtype, int64_t count, int threads) {
+  constexpr int64_t kScanned = 32768;  // at a time
   // An exponent of all ones.
   const auto scan = [&](auto bits, auto exponent) {
     using Bits = decltype(bits);
     const auto* values = static_cast<const Bits*>(data);
-    const int64_t blocks = ceil_div(count, kSliceElements);
+    const int64_t blocks = ceil_div(count, kScanned);
     std::vector<int64_t> found(blocks);
-    parallel_ranges(threads, blocks, kSliceElements, [&](int64_t begin, int64_t end) {
+    parallel_ranges(threads, blocks, kScanned, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
-        const int64_t last = std::min(count, (block + 1) * kSliceElements);
-        for (int64_t i = block * kSliceElements; i < last; ++i) found[block] += (values[i] & exponent) == exponent;
+        const int64_t last = std::min(count, (block + 1) * kScanned);
+        for (int64_t i = block * kScanned; i < last; ++i) found[block] += (values[i] & exponent) == exponent;
       }
     });
     int64_t total = 0;
@@ -660,10 +682,15 @@ class BackwardPass : Operation {
   }
 
   void operator()() {
-    for (Input& input : inputs_) {
-      for (int64_t c = 0; c < channels_; ++c) set_channel(input, c);
+    const auto set_channels = [this](int64_t begin, int64_t end) {
+      for (Input& input : inputs_) {
+        for (int64_t c = begin; c < end; ++c) set_channel(input, c);
+      }
+    };
+    if (call_.mean_gradients) {
+      set_channels(0, channels_);
+      return differentiate_input();
     }
-    if (call_.mean_gradients) return differentiate_input();
     const auto reduce_all = [this](int64_t group, int64_t slice, char* kept) {
       reduce(group, slice, call_.dresidual, kept);
     };
@@ -676,9 +703,9 @@ class BackwardPass : Operation {
       }
     };
     if (batch_mode_ && call_.dx) {
-      run({{nullptr, reduce_all}, {settle, apply_all, true}, {settle_norms_of, nullptr}}, kept_bytes());
+      run({{set_channels, reduce_all}, {settle, apply_all, true}, {settle_norms_of, nullptr}}, kept_bytes());
     } else {
-      run({{nullptr, reduce_all}, {settle, nullptr}});
+      run({{set_channels, reduce_all}, {settle, nullptr}});
     }
     write_records(bound(add_up(x().squares.get())));
     write_gradients();
@@ -762,6 +789,7 @@ class BackwardPass : Operation {
     };
     run(kernels_.reduce);
     if (call_.dtype == kFloat64) return;
+    if (all_hold(group, slice)) return;
     const bool hold = squares_hold(group, slice);
     sums_.mend(
         group, slice, reduced_, [&](int64_t c) { return hold && finite(slice, c); },
@@ -782,19 +810,67 @@ class BackwardPass : Operation {
   }
 
   bool squares_hold(const Input& input, int64_t group, int64_t slice) const {
-    const double lost = 0x1p-125 * static_cast<double>(grid_.slice_elements());
-    double dz = 0.0, dx = 0.0, dy = 0.0, largest = 0.0;
+    Squares<double> squares;
     for (int64_t c = grid_.first_channel(group); c < grid_.end_channel(group); ++c) {
-      if (!finite(slice, c)) continue;
-      const double squares = sums_.part(slice, kDzSquares, c), scale = input.scale[c] * input.scale[c];
-      dz += squares;
-      dx += scale * squares;
-      dy += sums_.part(slice, kDySquares, c);
-      largest = std::max(largest, scale);
+      if (finite(slice, c)) {
+        squares.add(sums_.part(slice, kDzSquares, c), sums_.part(slice, kDySquares, c), input.scale[c]);
+      }
     }
+    return hold(squares);
+  }
+
+  // Of a slice, and the largest squared scale: of all channels, or of each lane's.
+  template <class T>
+  struct Squares {
+    T dz{}, dx{}, dy{}, largest{};
+
+    void add(const T& dz_squares, const T& dy_squares, const T& scale) {
+      const T squared = scale * scale;
+      dz += dz_squares;
+      dx += squared * dz_squares;
+      dy += dy_squares;
+      largest = squared > largest ? squared : largest;
+    }
+  };
+
+  bool hold(const Squares<double>& squares) const {
+    const double lost = 0x1p-125 * static_cast<double>(grid_.slice_elements());
     constexpr double kNegligible = 0x1p-26;
-    return lost <= kNegligible * dz && lost * largest <= kNegligible * dx &&
-           (!call_.record || lost <= kNegligible * dy);
+    return lost <= kNegligible * squares.dz && lost * squares.largest <= kNegligible * squares.dx &&
+           (!call_.record || lost <= kNegligible * squares.dy);
+  }
+
+  // Whether all sums of a slice are finite and all squares hold, by one quick look. So it is but for rare gradients, of
+  // whose channels more is then to be asked.
+  bool all_hold(int64_t group, int64_t slice) const {
+    if (call_.normalises_residual) return false;
+    const double *deviation = sums_.parts(slice, kDzDeviation), *dweight = sums_.parts(slice, kActivationDweight),
+                 *dz = sums_.parts(slice, kDzSquares), *dy = sums_.parts(slice, kDySquares),
+                 *scale = inputs_[0].scale.get();
+    const int64_t end = grid_.end_channel(group);
+    int64_t c = grid_.first_channel(group);
+    Squares<Lanes> lanes;
+    Lanes zeros{};  // or NaN
+    for (; c + kLanes <= end; c += kLanes) {
+      const Lanes sum = load(deviation + c) + load(dweight + c) + load(dz + c) + load(dy + c);
+      zeros += sum - sum;
+      lanes.add(load(dz + c), load(dy + c), load(scale + c));
+    }
+    Squares<double> squares;
+    double zero = 0.0;
+    for (int i = 0; i < kLanes; ++i) {
+      zero += zeros[i];
+      squares.dz += lanes.dz[i];
+      squares.dx += lanes.dx[i];
+      squares.dy += lanes.dy[i];
+      squares.largest = std::max(squares.largest, lanes.largest[i]);
+    }
+    for (; c < end; ++c) {
+      const double sum = deviation[c] + dweight[c] + dz[c] + dy[c];
+      zero += sum - sum;
+      squares.add(dz[c], dy[c], scale[c]);
+    }
+    return zero == 0.0 && hold(squares);
   }
 
   // dx, from dz as it was kept or written, else from dy again.
@@ -802,10 +878,8 @@ class BackwardPass : Operation {
     Tile tile = base_;
     tile.dx = call_.dx;
     if (call_.normalises_residual) tile.dresidual = call_.dresidual;
-    const int64_t begin = grid_.first_channel(group), end = grid_.end_channel(group);
     const bool any_cancels = std::any_of(inputs_.begin(), inputs_.end(), [&](const Input& input) {
-      const auto first = input.cancels.begin();
-      return std::any_of(first + begin, first + end, [](char cancels) { return cancels != 0; });
+      return any(input.cancels, grid_.first_channel(group), grid_.end_channel(group));
     });
     if (any_cancels) tile.sums = sums_.start(group, slice, kDxSquares, kSums);
     const ActivationKernels* kernels = &kernels_;
