@@ -358,15 +358,6 @@ struct WideSum {
   }
   VGKERN_INLINE void end_strip() {}
   VGKERN_INLINE void add(int j, Wide<R> value) { total[j % COLUMNS] += value; }
-  // A block's, two of a column at a time added up in R.
-  template <int VECTORS>
-  VGKERN_INLINE void add_in_pairs(const Vec<R> (&v)[VECTORS]) {
-    if constexpr (VECTORS == 4) {
-      unroll<2>([&](auto j) VGKERN_LAMBDA { add(j, v[j] + v[j + 2]); });
-    } else {
-      unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { add(j, v[j]); });
-    }
-  }
   VGKERN_INLINE void add_product(int j, Wide<R> a, Wide<R> b) { total[j % COLUMNS] = fma(a, b, total[j % COLUMNS]); }
 };
 
@@ -678,9 +669,11 @@ VGKERN_INLINE void differentiate(Derivative<R, VECTORS>& out, const F& activatio
 
 // ---- Passes --------------------------------------------------------------------------------------------------------
 
-// Σ (x − pivot), and Σ (x − pivot)² over strips in S: the latter gives var to 1e-7. The former, of float32, is made in
-// float64 but for one addition, of two deviations. What that errs by, half a unit in their last place, comes down by
-// √count as the deviations themselves do, so that the mean is right to its own last place where chance alone makes it.
+// Σ (x − pivot), and Σ (x − pivot)² over strips in S: mean is right to its own last place, where it is small
+// beside the deviation too; var, which has no such place, to 1e-7.
+//
+// Of float32 the former is Σx − n·pivot in float64, which has room for as many digits as float32 tells x from the pivot
+// by, and takes no difference of each x, which in float32 would be rounded.
 template <class T, class S>
 struct StatisticsPass {
   using Element = T;
@@ -702,6 +695,8 @@ struct StatisticsPass {
     R fill = *Parameters<R>{pass.tile, channel}.at(kPivot);
     CancellingSum<T, R, S, COLUMNS> sum;
     StretchSum<R, S, COLUMNS> squares;
+    static constexpr bool kSumsX = std::is_same_v<T, float> && std::is_same_v<S, Vec<R>>;
+    int64_t vectors = 0;  // of a column
 
     VGKERN_INLINE Stretch(StatisticsPass& pass, int64_t channel) : pass(pass), channel(channel) {}
 
@@ -709,22 +704,23 @@ struct StatisticsPass {
     VGKERN_INLINE void run(const Block<R, COLUMNS>& at) {
       Vec<R> x[VECTORS];
       load_block(x, static_cast<const T*>(pass.tile.x), at, fill);
-      S deviation[VECTORS];
+      vectors += VECTORS / COLUMNS;
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
-        deviation[j] = S(x[j]) - S(pivot[j]);
-        squares.add_product(j, deviation[j], deviation[j]);
+        using Term = typename CancellingSum<T, R, S, COLUMNS>::Term;
+        const S deviation = S(x[j]) - S(pivot[j]);
+        sum.add(j, kSumsX ? Term(x[j]) : Term(deviation));
+        squares.add_product(j, deviation, deviation);
       });
-      if constexpr (std::is_same_v<T, float> && std::is_same_v<S, Vec<R>>) {
-        sum.add_in_pairs(deviation);
-      } else {
-        unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { sum.add(j, deviation[j]); });
-      }
     }
     VGKERN_INLINE void end_strip() {
       sum.end_strip();
       squares.end_strip();
     }
     VGKERN_INLINE void finish() {
+      if constexpr (kSumsX) {
+        const Wide<R> all(-static_cast<double>(vectors));
+        unroll<COLUMNS>([&](auto c) VGKERN_LAMBDA { sum.total[c] = fma(Wide<R>(pivot[c]), all, sum.total[c]); });
+      }
       pass.sums.add(kDeviation, channel, sum);
       pass.sums.add(kDeviationSquares, channel, squares);
     }
