@@ -787,7 +787,7 @@ void forward_tile(const Tile& tile) {
   walk(pass);
 }
 
-// Squares are summed over strips in S; the terms of dβ, dγ and a slope's gradient cancel.
+// Squares are summed over strips in S; the terms of dβ, dγ and a slope's gradient cancel (CancellingSum).
 template <class T, class F, class S, bool USUAL>
 struct ReducePass {
   using Element = T;
@@ -860,11 +860,24 @@ struct ReducePass {
         claim_block<VECTORS>(static_cast<T*>(tile.dx), at, tile.outputs);
         store_block(dx, static_cast<T*>(tile.dx), at, tile.outputs);
       }
+      using Term = typename CancellingSum<T, R, S, COLUMNS>::Term;
+      // Of float32 two of a column are added up before float64 takes over, which converts half as many: an error of
+      // half a unit in their last place, that comes down by √count, and is small beside the rounding of dβ and dγ
+      // themselves.
+      if constexpr (std::is_same_v<T, float> && VECTORS == 4) {
+        unroll<2>([&](auto j) VGKERN_LAMBDA {
+          const Vec<R>&a = d.dz[j], &b = d.dz[j + 2];  // of one column
+          dz_sum.add(j, Term(a + b));
+          dz_deviation.add(j, Term(fma(a, deviation[j], b * deviation[j + 2])));
+        });
+      } else {
+        unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
+          const Term dz(d.dz[j]);
+          dz_sum.add(j, dz);
+          dz_deviation.add_product(j, dz, Term(deviation[j]));
+        });
+      }
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
-        using Term = typename CancellingSum<T, R, S, COLUMNS>::Term;
-        const Term dz(d.dz[j]);
-        dz_sum.add(j, dz);
-        dz_deviation.add_product(j, dz, Term(deviation[j]));
         dz_squares.add_product(j, S(d.dz[j]), S(d.dz[j]));
         if constexpr (F::has_weight) dweight.add(j, Term(d.dweight[j]));
       });
