@@ -215,6 +215,8 @@ def test_ctrl_c_reports_and_saves_what_was_trained(tmp_path):
     process = subprocess.Popen(
         [*command, "--out", str(tmp_path), "--json", str(tmp_path / "n.json")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # Ignored by what a shell starts with "&", and so by all that this starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     for line in process.stderr:
         if "epoch 1/" in line:
