@@ -79,9 +79,9 @@ template <> struct RegisterOf<int64_t> { using type = I64; using unsigned_type =
 // blend(m, a, b): a in the lanes where m is set. movemask(m): lane i to bit i.
 // widen_low, widen_high: the halves of a float register as doubles; narrow: the way back, rounded to nearest even.
 // scale(a, n) = a·2ⁿ for integral n, rounded once; AVX-512 only.
-// load_u16: as many uint16 as a float register has lanes, zero-extended; store_u16: the way back, truncated.
-// stream, stream_u16: a store past the caches, to an address that is a multiple of what is stored. An ordinary one
-// where there is none of that width.
+// load_u16: as many uint16 as a float register has lanes, zero-extended; store_u16: the way back, truncated; not
+// AVX-512, whose halves fill a register (vec.h). stream, stream_u16: a store past the caches, to an address that is a
+// multiple of what is stored. An ordinary one where there is none of that width.
 
 #if VGKERN_AVX512
 
@@ -103,15 +103,6 @@ VGKERN_INLINE F64 widen_low(F32 a) { return _mm512_cvtps_pd(_mm512_castps512_ps2
 VGKERN_INLINE F64 widen_high(F32 a) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)); }
 VGKERN_INLINE F32 narrow(F64 low, F64 high) {
   return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(low)), _mm512_cvtpd_ps(high), 1);
-}
-VGKERN_INLINE I32 load_u16(const uint16_t* p) {
-  return (I32)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-VGKERN_INLINE void store_u16(uint16_t* p, I32 a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)a));
-}
-VGKERN_INLINE void stream_u16(uint16_t* p, I32 a) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)a));
 }
 VGKERN_INLINE void stream(float* p, F32 a) { _mm512_stream_ps(p, a); }
 VGKERN_INLINE void stream(double* p, F64 a) { _mm512_stream_pd(p, a); }

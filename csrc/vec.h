@@ -1,6 +1,6 @@
 // Vectors whose width is the same in every instruction set: 16 floats or 8 doubles, in one AVX-512 register, two AVX2
-// registers or four of 16 bytes. A kernel is written once, its order of summation does not depend on the machine, and
-// a tail is the body's code with the missing lanes filled in, so that the two agree to the bit.
+// registers or four of 16 bytes. A kernel is written once, and a tail is the body's code with the missing lanes filled
+// in, so that the two agree to the bit.
 //
 //     Vec<R>      16 floats or 8 doubles               Mask<R>   a truth value for each lane of a Vec<R>
 //     IntVec<R>   as many int32 or int64               Wide<R>   the lanes of a Vec<R> as doubles, for sums
