@@ -25,24 +25,28 @@ int64_t item_size(DataType dtype) { return dtype == kFloat64 ? 8 : dtype == kFlo
 
 // ---- Where the tiles lie -------------------------------------------------------------------------------------------
 
-// Of a tensor in a slice, the unit of work of a thread and of summation. Large enough that a slice's sums cost little
-// beside it, small enough that 2 MiB feed 16 threads.
-constexpr int64_t kSliceBytes = 128 * 1024;
+// A tensor is cut into this many slices, the units of work of a thread and of summation, so that they feed 16
+// threads...
+constexpr int64_t kSlices = 32;
+// ... but into none so small that its sums cost much beside it, nor larger than is of use.
+constexpr int64_t kMinSliceBytes = 128 * 1024, kMaxSliceBytes = 512 * 1024;
 // A channel has at most this many slices, so that the sums of a huge tensor stay small.
 constexpr int64_t kMaxSlices = 256;
 // Planes: what is read in one go, if planes are small: those of several channels, as they lie side by side.
-constexpr int64_t kStretchBytes = 4096;
+constexpr int64_t kStretchBytes = 16384;
+// Planes: groups of channels that are left, for as many threads, when channels are taken together.
+constexpr int64_t kGroups = 16;
 // Across channels: channels of a group, so many that the next row's are not far.
 constexpr int64_t kGroupChannels = 1024;
 // Of a channel in a slice of rows, at least: its sums take 48 bytes, which are written, looked at and added up.
 constexpr int64_t kSliceColumnBytes = 512;
-// What a group's x may take to still lie in the L2 cache when its second pass begins.
-constexpr int64_t kGroupBytes = 512 * 1024;
+// What a group's tensors may take for those that are read twice to lie in the L2 cache when the second pass begins.
+constexpr int64_t kGroupBytes = 1024 * 1024;
 // What dz of a group may take, kept between its two passes.
 constexpr int64_t kMaxKeptBytes = 2 * 1024 * 1024;
 
 // Cuts x into groups of channels and each group into slices; depends on the shape, the type, and how many tensors like
-// x are read twice, only.
+// x share the L2 cache, only.
 //
 // Planes: a group is one channel, or a few; a slice is some planes of each, or a part of one plane. Rows: a group is
 // some columns, a slice some rows.
@@ -50,11 +54,13 @@ class Grid {
  public:
   Grid(const Shape& shape, DataType dtype, int64_t tensors) : shape_(shape) {
     const int64_t size = item_size(dtype);
+    const int64_t share = shape.batch * shape.channels * shape.spatial * size / kSlices;
+    const int64_t slice_bytes = std::clamp(share, kMinSliceBytes, kMaxSliceBytes);
     if (shape.rows) {
       height_ = shape.batch * shape.spatial;
       group_ = std::min(shape.channels, kGroupChannels);
       extent_ =
-          std::max({ceil_div(kSliceBytes / size, group_), kSliceColumnBytes / size, ceil_div(height_, kMaxSlices)});
+          std::max({ceil_div(slice_bytes / size, group_), kSliceColumnBytes / size, ceil_div(height_, kMaxSlices)});
       slices_ = ceil_div(height_, extent_);
       fits_cache_ = height_ * group_ * size * tensors <= kGroupBytes;
     } else {
@@ -62,9 +68,9 @@ class Grid {
       const int64_t plane_bytes = shape.spatial * size;
       const int64_t together =
           std::min(kStretchBytes / plane_bytes, kGroupBytes / (shape.batch * plane_bytes * tensors));
-      group_ = std::clamp<int64_t>(together, 1, std::min<int64_t>(shape.channels, kTileChannels));
+      group_ = std::clamp<int64_t>(std::min(together, shape.channels / kGroups), 1, kTileChannels);
       const int64_t elements =
-          std::max(kSliceBytes / size / group_, ceil_div(shape.batch * shape.spatial, kMaxSlices));  // of a channel
+          std::max(slice_bytes / size / group_, ceil_div(shape.batch * shape.spatial, kMaxSlices));  // of a channel
       part_ = round_up(ceil_div(shape.spatial, ceil_div(shape.spatial, elements)), kChannelPadding);
       parts_ = ceil_div(shape.spatial, part_);
       extent_ = std::max<int64_t>(1, elements / shape.spatial);
@@ -108,23 +114,29 @@ class Grid {
     return !shape_.rows && group_ * std::min(part_, shape_.spatial) * item_size(dtype) <= kStageBytes;
   }
 
+  // The first element of a slice.
+  int64_t offset(int64_t group, int64_t slice) const {
+    const int64_t channel = first_channel(group);
+    if (shape_.rows) return slice * extent_ * shape_.channels + channel;
+    return (slice / parts_ * extent_ * shape_.channels + channel) * shape_.spatial + slice % parts_ * part_;
+  }
+
   // The tile that a slice is; `tile` has all but its geometry.
   Tile place(Tile tile, int64_t group, int64_t slice) const {
     const int64_t channel = first_channel(group), channels = end_channel(group) - channel;
     tile.across = shape_.rows;
+    tile.offset = offset(group, slice);
     if (!shape_.rows) {
       const int64_t part = slice % parts_, plane = slice / parts_ * extent_;
       const int64_t mask_bytes = ceil_div(shape_.spatial, 8);
-      const int64_t first = plane * shape_.channels + channel;
       tile.runs = std::min(extent_, height_ - plane);
       tile.channels = channels;
       tile.width = std::min(part_, shape_.spatial - part * part_);
       tile.stride = shape_.channels * shape_.spatial;
       tile.channel_stride = shape_.spatial;
-      tile.offset = first * shape_.spatial + part * part_;
       tile.mask_stride = shape_.channels * mask_bytes;
       tile.mask_channel_stride = mask_bytes;
-      tile.mask_offset = first * mask_bytes + part * part_ / 8;
+      tile.mask_offset = (plane * shape_.channels + channel) * mask_bytes + part * part_ / 8;
       return tile;
     }
     const int64_t begin = slice * extent_, end = std::min(height_, begin + extent_);
@@ -133,7 +145,6 @@ class Grid {
     tile.width = channels;
     tile.stride = shape_.channels;
     tile.channel_stride = 0;
-    tile.offset = begin * tile.stride + channel;
     tile.mask_stride = ceil_div(shape_.channels, 8);
     tile.mask_channel_stride = 0;
     tile.mask_offset = begin * tile.mask_stride + channel / 8;
@@ -149,13 +160,19 @@ class Grid {
   bool fits_cache_;
 };
 
+// What a step does at a time.
+struct Slice {
+  int64_t group, index;
+  int64_t following;  // the first element of the slice whose turn is next
+  char* kept;         // memory of the thread's that holds the slice's dz from one step to the next, or null
+};
+
 // One step of a computation: first over the channels [begin, end), then over the slices of every group; either may be
 // empty. A step that follows another in reverse starts in what that one left in cache; within a slice every walk is
-// forward, as the hardware prefetches. `kept` is memory of the thread's that holds dz of the group from one step to the
-// next, or null where a step is finished for all groups before the next begins.
+// forward, as the hardware prefetches. Nothing is kept where a step is finished for all groups before the next begins.
 struct Step {
   std::function<void(int64_t begin, int64_t end)> channels;
-  std::function<void(int64_t group, int64_t slice, char* kept)> slices;
+  std::function<void(const Slice& slice)> slices;
   bool reverse = false;
 };
 
@@ -193,11 +210,12 @@ void fence() {
 
 class Operation {
  protected:
-  Operation(const KernelTable& table, const Common& call)
+  // `tensors`: how many like x share the L2 cache.
+  Operation(const KernelTable& table, const Common& call, int64_t tensors)
       : table_(table),
         kernels_(table.activations[call.activation]),
         common_(call),
-        grid_(call.shape, call.dtype, call.normalises_residual ? 2 : 1),
+        grid_(call.shape, call.dtype, tensors),
         channels_(call.shape.channels),
         count_(static_cast<double>(call.shape.batch * call.shape.spatial)),
         channel_stride_(round_up(channels_, kChannelPadding)),
@@ -316,14 +334,15 @@ class Operation {
 
   int64_t opmath_size() const { return common_.dtype == kFloat64 ? sizeof(double) : sizeof(float); }
 
-  void run_tile(TileFunction function, Tile tile, int64_t group, int64_t slice) const {
-    run_tile(function, tile, group, slice, x_norm_);
+  void run_tile(TileFunction function, Tile tile, const Slice& slice) const {
+    run_tile(function, tile, slice, x_norm_);
   }
 
   // With the residual's batch norm in the place of x's, where a pass is over it alone.
-  void run_tile(TileFunction function, Tile tile, int64_t group, int64_t slice, const Norm& norm) const {
-    tile.parameters = parameters_of(norm.first_parameter * channel_stride_ + grid_.first_channel(group));
-    function(grid_.place(tile, group, slice));
+  void run_tile(TileFunction function, Tile tile, const Slice& slice, const Norm& norm) const {
+    tile.parameters = parameters_of(norm.first_parameter * channel_stride_ + grid_.first_channel(slice.group));
+    tile.following = slice.following;
+    function(grid_.place(tile, slice.group, slice.index));
   }
 
   // Runs steps in order. Either a thread takes a group through all of them, with `kept_bytes` a slice to keep something
@@ -338,8 +357,10 @@ class Operation {
             if (step.channels) step.channels(grid_.first_channel(group), grid_.end_channel(group));
             if (!step.slices) continue;
             for (int64_t i = 0; i < slices; ++i) {
-              const int64_t slice = step.reverse ? slices - 1 - i : i;
-              step.slices(group, slice, kept ? kept.get() + kept_bytes * slice : nullptr);
+              const auto index = [&](int64_t turn) { return step.reverse ? slices - 1 - turn : turn; };
+              const int64_t next_group = i + 1 < slices ? group : std::min(group + 1, groups - 1);
+              const int64_t following = grid_.offset(next_group, i + 1 < slices ? index(i + 1) : 0);
+              step.slices({group, index(i), following, kept ? kept.get() + kept_bytes * index(i) : nullptr});
             }
           }
         }
@@ -351,9 +372,10 @@ class Operation {
       if (step.channels) parallel_ranges(common_.threads, channels_, slices * kSums, step.channels);
       if (!step.slices) continue;
       parallel_ranges(common_.threads, groups * slices, cost, [&](int64_t begin, int64_t end) {
+        const auto unit = [&](int64_t turn) { return step.reverse ? begin + end - 1 - turn : turn; };
         for (int64_t i = begin; i < end; ++i) {
-          const int64_t unit = step.reverse ? begin + end - 1 - i : i;
-          step.slices(unit % groups, unit / groups, nullptr);
+          const int64_t next = unit(std::min(i + 1, end - 1));
+          step.slices({unit(i) % groups, unit(i) / groups, grid_.offset(next % groups, next / groups), nullptr});
         }
         if (base_.outputs != Outputs::cached) fence();
       });
@@ -394,9 +416,9 @@ class Sums {
         totals_(new double[rows * channel_stride]) {}
 
   // Zeroes rows [first, last) of a slice and returns where the group's row 0 is.
-  double* start(int64_t group, int64_t slice, int first, int last) {
-    double* base = parts_.get() + slice * rows_ * stride_;
-    const int64_t begin = grid_.first_channel(group), end = grid_.padded_end(group);
+  double* start(const Slice& slice, int first, int last) {
+    double* base = parts_.get() + slice.index * rows_ * stride_;
+    const int64_t begin = grid_.first_channel(slice.group), end = grid_.padded_end(slice.group);
     for (int row = first; row < last; ++row) std::fill(base + row * stride_ + begin, base + row * stride_ + end, 0.0);
     return base + begin;
   }
@@ -425,20 +447,21 @@ class Sums {
   // Has rows [0, last) of a slice made again by make_again() if they are not good(channel) in some of its channels. In
   // the others they stay: what one channel holds is not to show in another's last bits.
   template <class Good, class MakeAgain>
-  void mend(int64_t group, int64_t slice, int last, Good good, MakeAgain make_again) {
-    const int64_t begin = grid_.first_channel(group), end = grid_.end_channel(group);
+  void mend(const Slice& slice, int last, Good good, MakeAgain make_again) {
+    const int64_t begin = grid_.first_channel(slice.group), end = grid_.end_channel(slice.group);
     std::vector<double> kept;
     for (int64_t c = begin; c < end; ++c) {
       if (good(c)) continue;
       for (int row = 0; row < last; ++row) {
-        for (int64_t i = begin; i < end; ++i) kept.push_back(good(i) ? part(slice, row, i) : 0.0);
+        for (int64_t i = begin; i < end; ++i) kept.push_back(good(i) ? part(slice.index, row, i) : 0.0);
       }
       std::vector<char> stays;
       for (int64_t i = begin; i < end; ++i) stays.push_back(good(i));
       make_again();
       for (int row = 0; row < last; ++row) {
         for (int64_t i = begin; i < end; ++i) {
-          if (stays[i - begin]) parts_[(slice * rows_ + row) * stride_ + i] = kept[row * (end - begin) + i - begin];
+          if (stays[i - begin])
+            parts_[(slice.index * rows_ + row) * stride_ + i] = kept[row * (end - begin) + i - begin];
         }
       }
       return;
@@ -465,7 +488,8 @@ constexpr double kFarOutlier = 15.0 / 16.0;
 
 class ForwardPass : Operation {
  public:
-  ForwardPass(const KernelTable& table, const Forward& call) : Operation(table, call), call_(call) {
+  ForwardPass(const KernelTable& table, const Forward& call)
+      : Operation(table, call, call.normalises_residual ? 2 : 1), call_(call) {
     base_.y = call.y;
     base_.saved_mask = call.saved_mask;
     base_.outputs = way_of({call.x, call.residual}, {call.y}, kForwardShare);
@@ -473,9 +497,7 @@ class ForwardPass : Operation {
   }
 
   void operator()() {
-    const auto write = [this](int64_t group, int64_t slice, char*) {
-      run_tile(kernels_.forward[call_.dtype], base_, group, slice);
-    };
+    const auto write = [this](const Slice& slice) { run_tile(kernels_.forward[call_.dtype], base_, slice); };
     if (!call_.training) {
       call_.statistics ? use_running_statistics() : use_no_statistics();
       run({{nullptr, write}});
@@ -491,9 +513,9 @@ class ForwardPass : Operation {
         for (Measured& input : measured) (input.*step)(begin, end);
       };
     };
-    const auto each_slice = [&](void (Measured::*step)(int64_t group, int64_t slice)) {
-      return [&measured, step](int64_t group, int64_t slice, char*) {
-        for (Measured& input : measured) (input.*step)(group, slice);
+    const auto each_slice = [&](void (Measured::*step)(const Slice& slice)) {
+      return [&measured, step](const Slice& slice) {
+        for (Measured& input : measured) (input.*step)(slice);
       };
     };
     Step last{each_channel(&Measured::settle), nullptr, true};
@@ -533,16 +555,16 @@ class ForwardPass : Operation {
       }
     }
 
-    void measure(int64_t group, int64_t slice) {
+    void measure(const Slice& slice) {
       const auto run = [&](const TileFunction* functions) {
         Tile tile = pass_.base_;
         tile.x = x_;
-        tile.sums = sums_.start(group, slice, 0, 2);
-        pass_.run_tile(functions[pass_.call_.dtype], tile, group, slice, norm_);
+        tile.sums = sums_.start(slice, 0, 2);
+        pass_.run_tile(functions[pass_.call_.dtype], tile, slice, norm_);
       };
       run(pass_.table_.statistics);
       sums_.mend(
-          group, slice, 2, [&](int64_t c) { return std::isfinite(sums_.part(slice, kDeviationSquares, c)); },
+          slice, 2, [&](int64_t c) { return std::isfinite(sums_.part(slice.index, kDeviationSquares, c)); },
           [&] { run(pass_.table_.statistics_wide); });
     }
 
@@ -560,8 +582,9 @@ class ForwardPass : Operation {
       }
     }
 
-    void measure_again(int64_t group, int64_t slice) {
-      if (any(again_, pass_.grid_.first_channel(group), pass_.grid_.end_channel(group))) measure(group, slice);
+    void measure_again(const Slice& slice) {
+      const Grid& grid = pass_.grid_;
+      if (any(again_, grid.first_channel(slice.group), grid.end_channel(slice.group))) measure(slice);
     }
 
     void settle(int64_t begin, int64_t end) {
@@ -655,7 +678,7 @@ int64_t count_nonfinite(const void* data, DataType dtype, int64_t count, int thr
 class BackwardPass : Operation {
  public:
   BackwardPass(const KernelTable& table, const Backward& call)
-      : Operation(table, call),
+      : Operation(table, call, call.normalises_residual ? 5 : 4),
         call_(call),
         batch_mode_(call.training && call.statistics),
         bounded_(call.min_norm > 0 || call.max_norm < std::numeric_limits<double>::infinity()),
@@ -691,10 +714,8 @@ class BackwardPass : Operation {
       set_channels(0, channels_);
       return differentiate_input();
     }
-    const auto reduce_all = [this](int64_t group, int64_t slice, char* kept) {
-      reduce(group, slice, call_.dresidual, kept);
-    };
-    const auto apply_all = [this](int64_t group, int64_t slice, char* kept) { apply(group, slice, kept); };
+    const auto reduce_all = [this](const Slice& slice) { reduce(slice, call_.dresidual); };
+    const auto apply_all = [this](const Slice& slice) { apply(slice); };
     const auto settle_norms_of = [this](int64_t begin, int64_t end) { settle_norms(begin, end); };
     const auto settle = [&](int64_t begin, int64_t end) {
       sums_.merge(begin, end, 0, reduced_);
@@ -758,7 +779,7 @@ class BackwardPass : Operation {
       x().cancels[c] = 1;  // the closed form holds for the sums of this tensor alone
     }
     base_.dx_factor = *call_.dx_factor;
-    run({{nullptr, [this](int64_t group, int64_t slice, char*) { apply(group, slice, nullptr); }},
+    run({{nullptr, [this](const Slice& slice) { apply(slice); }},
          {[this](int64_t begin, int64_t end) { settle_norms(begin, end); }, nullptr}});
     *call_.dx_squares = add_up(x().squares.get());
   }
@@ -778,22 +799,21 @@ class BackwardPass : Operation {
   }
 
   // Sums; and, with frozen statistics, dx.
-  void reduce(int64_t group, int64_t slice, void* dresidual, char* kept) {
+  void reduce(const Slice& slice, void* dresidual) {
     Tile tile = base_;
     tile.dresidual = batch_mode_ && call_.normalises_residual ? nullptr : dresidual;
-    tile.dz = kept;
+    tile.dz = slice.kept;
     if (!batch_mode_) tile.dx = call_.dx;
     const auto run = [&](const TileFunction* functions) {
-      tile.sums = sums_.start(group, slice, 0, reduced_);
-      run_tile(functions[call_.dtype], tile, group, slice);
+      tile.sums = sums_.start(slice, 0, reduced_);
+      run_tile(functions[call_.dtype], tile, slice);
     };
     run(kernels_.reduce);
     if (call_.dtype == kFloat64) return;
-    if (all_hold(group, slice)) return;
-    const bool hold = squares_hold(group, slice);
+    if (all_hold(slice.group, slice.index)) return;
+    const bool hold = squares_hold(slice.group, slice.index);
     sums_.mend(
-        group, slice, reduced_, [&](int64_t c) { return hold && finite(slice, c); },
-        [&] { run(kernels_.reduce_wide); });
+        slice, reduced_, [&](int64_t c) { return hold && finite(slice.index, c); }, [&] { run(kernels_.reduce_wide); });
   }
 
   bool finite(int64_t slice, int64_t c) const {
@@ -874,22 +894,22 @@ class BackwardPass : Operation {
   }
 
   // dx, from dz as it was kept or written, else from dy again.
-  void apply(int64_t group, int64_t slice, char* kept) {
+  void apply(const Slice& slice) {
     Tile tile = base_;
     tile.dx = call_.dx;
     if (call_.normalises_residual) tile.dresidual = call_.dresidual;
     const bool any_cancels = std::any_of(inputs_.begin(), inputs_.end(), [&](const Input& input) {
-      return any(input.cancels, grid_.first_channel(group), grid_.end_channel(group));
+      return any(input.cancels, grid_.first_channel(slice.group), grid_.end_channel(slice.group));
     });
-    if (any_cancels) tile.sums = sums_.start(group, slice, kDxSquares, kSums);
+    if (any_cancels) tile.sums = sums_.start(slice, kDxSquares, kSums);
     const ActivationKernels* kernels = &kernels_;
-    if (kept) {
-      tile.dz = kept;
+    if (slice.kept) {
+      tile.dz = slice.kept;
     } else if (reads_dresidual()) {
       kernels = &table_.activations[kIdentity];
       tile.dy = call_.dresidual;
     }
-    run_tile(kernels->apply[call_.dtype], tile, group, slice);
+    run_tile(kernels->apply[call_.dtype], tile, slice);
   }
 
   // dγ, dβ, what dx takes from them, and ‖dx‖² in closed form.
@@ -931,9 +951,7 @@ class BackwardPass : Operation {
     if (base_.dx_factor == 1.0) return squares;
     if (call_.dx) {
       std::fill(x().cancels.begin(), x().cancels.end(), 0);  // the norm is known
-      run({{nullptr, [this](int64_t group, int64_t slice, char*) {
-              batch_mode_ ? apply(group, slice, nullptr) : reduce(group, slice, nullptr, nullptr);
-            }}});
+      run({{nullptr, [this](const Slice& slice) { batch_mode_ ? apply(slice) : reduce(slice, nullptr); }}});
     }
     return squares * base_.dx_factor * base_.dx_factor;
   }
@@ -1001,12 +1019,12 @@ class BackwardPass : Operation {
     const std::unique_ptr<char[]> dz(new char[elements() * item_size(call_.dtype)]);
     Sums unused(grid_, channel_stride_, kSums);
     for (int64_t c = 0; c < channels_; ++c) set(residual_norm_, kInputScale, c, 1.0);
-    run({{nullptr, [&](int64_t group, int64_t slice, char*) {
+    run({{nullptr, [&](const Slice& slice) {
             Tile tile = base_;
             tile.dresidual = dz.get();
             tile.outputs = Outputs::cached;
-            tile.sums = unused.start(group, slice, 0, reduced_);
-            run_tile(kernels_.reduce[call_.dtype], tile, group, slice);
+            tile.sums = unused.start(slice, 0, reduced_);
+            run_tile(kernels_.reduce[call_.dtype], tile, slice);
           }}});
     return nonfinite_in(dz.get());
   }

@@ -69,6 +69,7 @@ enum class Outputs { cached, streamed, staged };
 struct Tile {
   int64_t runs, channels, width;
   int64_t offset, stride, channel_stride;
+  int64_t following;  // the `offset` of the tile that comes next, to be asked for at the end of this one
   int64_t mask_offset, mask_stride, mask_channel_stride;  // bytes; a stretch's bits start a byte of their own
   bool across;
 

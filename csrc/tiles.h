@@ -61,29 +61,32 @@ struct Block {
   }
 };
 
-// How many elements ahead of itself a walk asks for: far enough for memory to answer, near enough for the L1 cache to
-// keep them.
-template <class T>
-constexpr int64_t kLookout = 4096 / sizeof(T);
+// How many bytes ahead of itself a walk asks for: far enough for memory to answer, near enough for the L1 cache to keep
+// them; further where it reads one tensor alone, and comes there sooner.
+constexpr int64_t kNear = 4096, kFar = 8192;
 
 // An element that a walk over planes comes to some way on: further along the planes of a run, which lie side by side,
-// or in a run after it.
-template <class T>
+// in a run after it, or in the tile that follows.
 class Lookout {
  public:
-  VGKERN_INLINE explicit Lookout(const Tile& tile)
-      : run_(tile.channels * tile.width), jump_(tile.stride - run_), element_(tile.offset), left_(run_) {
-    advance(kLookout<T>);
+  VGKERN_INLINE Lookout(const Tile& tile, int64_t ahead)
+      : run_(tile.channels * tile.width),
+        jump_(tile.stride - run_),
+        last_jump_(tile.following - tile.offset - (tile.runs - 1) * tile.stride - run_),
+        element_(tile.offset),
+        left_(run_),
+        runs_(tile.runs) {
+    advance(ahead);
   }
   VGKERN_INLINE int64_t element() const { return element_; }
   VGKERN_INLINE void advance(int64_t elements) {
     element_ += elements;
-    for (left_ -= elements; left_ <= 0; left_ += run_) element_ += jump_;
+    for (left_ -= elements; left_ <= 0; left_ += run_) element_ += --runs_ == 0 ? last_jump_ : jump_;
   }
 
  private:
-  const int64_t run_, jump_;
-  int64_t element_, left_;
+  const int64_t run_, jump_, last_jump_;
+  int64_t element_, left_, runs_;
 };
 
 // Takes a pass over a tile. For every stretch of a plane, and, across, for every pair of columns, it makes a
@@ -92,7 +95,7 @@ class Lookout {
 //
 // The hardware's prefetching ends with a page or a plane, and does not follow a walk down columns. So every vector asks
 // for one that comes later: over planes, for that of the Lookout; across, for one of the next band, and these in the
-// order in which they lie in memory.
+// order in which they lie in memory; and at the end of a tile for the beginning of the one that follows.
 template <class Pass>
 VGKERN_INLINE void walk(Pass& pass) {
   using T = typename Pass::Element;
@@ -105,7 +108,7 @@ VGKERN_INLINE void walk(Pass& pass) {
   const int rest = static_cast<int>(tile.width - whole * kStep);
 
   if (!tile.across) {
-    Lookout<T> lookout(tile);
+    Lookout lookout(tile, Pass::kAhead / static_cast<int64_t>(sizeof(T)));
     for (int64_t run = 0; run < tile.runs; ++run) {
       pass.start_run(tile.offset + run * tile.stride);
       for (int64_t channel = 0; channel < tile.channels; ++channel) {
@@ -161,7 +164,9 @@ VGKERN_INLINE void walk(Pass& pass) {
       at.lanes = kStep;
     };
     const auto next = [&](int columns) VGKERN_LAMBDA {
-      const int64_t ahead = tile.offset + next_row * tile.stride + next_column * kStep;
+      const int64_t beyond = next_row - tile.runs;
+      const int64_t row = beyond < 0 ? tile.offset + next_row * tile.stride : tile.following + beyond * tile.stride;
+      const int64_t ahead = row + next_column * kStep;
       for (next_column += columns * band; next_column >= vectors; next_column -= vectors) ++next_row;
       return ahead;
     };
@@ -194,7 +199,7 @@ VGKERN_INLINE void walk(Pass& pass) {
       for (int64_t row = first_row; row < end_row;) {
         const int64_t end = row + kColumnStrip < end_row ? row + kColumnStrip : end_row;
         if (kWidth > 1 && tile.stride == kStep) {  // rows of one vector each: they lie side by side
-          at.ahead = at.element + kLookout<T>;
+          at.ahead = at.element + kNear / static_cast<int64_t>(sizeof(T));
           for (; row + kWidth <= end; row += kWidth) {
             stretch.template run<kWidth>(at);
             at.advance(kWidth);
@@ -679,7 +684,7 @@ struct StatisticsPass {
   using Element = T;
   using R = Opmath<T>;
   using Width = std::conditional_t<std::is_same_v<S, Vec<R>>, WidthOf<T>, vgkern::Width<1, 1>>;  // sums in S are rare
-  static constexpr int64_t kTerms = kSummedTerms<T>, kBandRows = 8;
+  static constexpr int64_t kTerms = kSummedTerms<T>, kBandRows = 8, kAhead = kFar;
 
   const Tile tile;  // a copy: what the kernel stores cannot be one of its fields
   LaneSums<R, 0, 2> sums{tile};
@@ -739,7 +744,7 @@ struct ForwardPass {
   using Element = T;
   using R = Opmath<T>;
   using Width = WidthOf<T, F::reads>;
-  static constexpr int64_t kTerms = kNoTerms, kBandRows = 2;
+  static constexpr int64_t kTerms = kNoTerms, kBandRows = 2, kAhead = kNear;
 
   Tile tile;
   const F activation{tile.activation_args};
@@ -794,8 +799,8 @@ struct ReducePass {
   using R = Opmath<T>;
   static constexpr bool kRare = !std::is_same_v<S, Vec<R>>;
   using Width = std::conditional_t<kRare, vgkern::Width<1, 1>, WidthOf<T, F::reads>>;
-  static constexpr int64_t kTerms = kSummedTerms<T>,
-                           kBandRows = 32;  // what is added up for a stretch is worth a few rows more
+  static constexpr int64_t kTerms = kSummedTerms<T>, kAhead = kNear;
+  static constexpr int64_t kBandRows = 32;  // what is added up for a stretch is worth a few rows more
 
   Tile tile;
   const F activation{tile.activation_args};
@@ -925,7 +930,7 @@ struct ApplyPass {
   using Element = T;
   using R = Opmath<T>;
   using Width = WidthOf<T, F::reads>;
-  static constexpr int64_t kTerms = kNoTerms, kBandRows = 2;
+  static constexpr int64_t kTerms = kNoTerms, kBandRows = 2, kAhead = kNear;
 
   Tile tile;
   const F activation{tile.activation_args};
