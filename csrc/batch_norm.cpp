@@ -14,6 +14,7 @@
 #endif
 
 #include "parallel.h"
+#include "small_planes.h"
 
 namespace vgkern {
 namespace {
@@ -34,6 +35,11 @@ constexpr int64_t kMinSliceBytes = 128 * 1024, kMaxSliceBytes = 512 * 1024;
 constexpr int64_t kMaxSlices = 256;
 // Planes: what is read in one go, if planes are small: those of several channels, as they lie side by side.
 constexpr int64_t kStretchBytes = 16384;
+// Planes of which a pass reads so little, of all its tensors together, are summed across the batch, if a slice has at
+// least so many samples: else what is made for the columns costs more than it saves. (Nor is there a gain where planes
+// are larger: in a walk down samples that are a multiple of 4 KB apart, as most numbers of channels have it, all lines
+// compete for a few places of the L1 cache.)
+constexpr int64_t kSmallPlaneBytes = 256, kSmallPlanesBatch = 16;
 // Planes: groups of channels that are left, for as many threads, when channels are taken together.
 constexpr int64_t kGroups = 16;
 // Across channels: channels of a group, so many that the next row's are not far.
@@ -114,6 +120,18 @@ class Grid {
     return !shape_.rows && group_ * std::min(part_, shape_.spatial) * item_size(dtype) <= kStageBytes;
   }
 
+  // Whether a pass that reads so many tensors takes planes across the batch: whole ones, as small ones are.
+  bool small_planes(DataType dtype, int64_t tensors) const {
+    return !shape_.rows && shape_.spatial * item_size(dtype) * tensors <= kSmallPlaneBytes &&
+           std::min(extent_, height_) >= kSmallPlanesBatch;
+  }
+
+  // What a thread needs for that, or null.
+  std::unique_ptr<Columns> columns(const KernelTable& table, DataType dtype) const {
+    if (!small_planes(dtype, 1)) return nullptr;
+    return std::make_unique<Columns>(table, dtype, shape_.spatial, group_, extent_);
+  }
+
   // The first element of a slice.
   int64_t offset(int64_t group, int64_t slice) const {
     const int64_t channel = first_channel(group);
@@ -165,6 +183,7 @@ struct Slice {
   int64_t group, index;
   int64_t following;  // the first element of the slice whose turn is next
   char* kept;         // memory of the thread's that holds the slice's dz from one step to the next, or null
+  Columns* columns;   // the thread's, of small planes, or null
 };
 
 // One step of a computation: first over the channels [begin, end), then over the slices of every group; either may be
@@ -340,9 +359,20 @@ class Operation {
 
   // With the residual's batch norm in the place of x's, where a pass is over it alone.
   void run_tile(TileFunction function, Tile tile, const Slice& slice, const Norm& norm) const {
+    function(placed(tile, slice, norm));
+  }
+
+  // For the first `sums` of these, across the batch where it is asked to; it reads the first `parameters` of these.
+  void sum_tile(TileFunction function, Tile tile, const Slice& slice, const Norm& norm, bool across, int parameters,
+                int sums) const {
+    tile = placed(tile, slice, norm);
+    across ? slice.columns->run(function, tile, parameters, sums) : function(tile);
+  }
+
+  Tile placed(Tile tile, const Slice& slice, const Norm& norm) const {
     tile.parameters = parameters_of(norm.first_parameter * channel_stride_ + grid_.first_channel(slice.group));
     tile.following = slice.following;
-    function(grid_.place(tile, slice.group, slice.index));
+    return grid_.place(tile, slice.group, slice.index);
   }
 
   // Runs steps in order. Either a thread takes a group through all of them, with `kept_bytes` a slice to keep something
@@ -352,6 +382,7 @@ class Operation {
     if (grid_.by_groups(common_.threads)) {
       parallel_ranges(common_.threads, groups, cost * slices, [&](int64_t begin, int64_t end) {
         const std::unique_ptr<char[]> kept(kept_bytes ? new char[kept_bytes * slices] : nullptr);
+        const std::unique_ptr<Columns> columns = grid_.columns(table_, common_.dtype);
         for (int64_t group = begin; group < end; ++group) {
           for (const Step& step : steps) {
             if (step.channels) step.channels(grid_.first_channel(group), grid_.end_channel(group));
@@ -360,7 +391,8 @@ class Operation {
               const auto index = [&](int64_t turn) { return step.reverse ? slices - 1 - turn : turn; };
               const int64_t next_group = i + 1 < slices ? group : std::min(group + 1, groups - 1);
               const int64_t following = grid_.offset(next_group, i + 1 < slices ? index(i + 1) : 0);
-              step.slices({group, index(i), following, kept ? kept.get() + kept_bytes * index(i) : nullptr});
+              char* dz = kept ? kept.get() + kept_bytes * index(i) : nullptr;
+              step.slices({group, index(i), following, dz, columns.get()});
             }
           }
         }
@@ -372,10 +404,12 @@ class Operation {
       if (step.channels) parallel_ranges(common_.threads, channels_, slices * kSums, step.channels);
       if (!step.slices) continue;
       parallel_ranges(common_.threads, groups * slices, cost, [&](int64_t begin, int64_t end) {
+        const std::unique_ptr<Columns> columns = grid_.columns(table_, common_.dtype);
         const auto unit = [&](int64_t turn) { return step.reverse ? begin + end - 1 - turn : turn; };
         for (int64_t i = begin; i < end; ++i) {
           const int64_t next = unit(std::min(i + 1, end - 1));
-          step.slices({unit(i) % groups, unit(i) / groups, grid_.offset(next % groups, next / groups), nullptr});
+          const int64_t following = grid_.offset(next % groups, next / groups);
+          step.slices({unit(i) % groups, unit(i) / groups, following, nullptr, columns.get()});
         }
         if (base_.outputs != Outputs::cached) fence();
       });
@@ -559,8 +593,9 @@ class ForwardPass : Operation {
       const auto run = [&](const TileFunction* functions) {
         Tile tile = pass_.base_;
         tile.x = x_;
+        tile.normalises_residual = false;  // of the two, this is about one
         tile.sums = sums_.start(slice, 0, 2);
-        pass_.run_tile(functions[pass_.call_.dtype], tile, slice, norm_);
+        pass_.sum_tile(functions[pass_.call_.dtype], tile, slice, norm_, slice.columns, kPivot + 1, 2);
       };
       run(pass_.table_.statistics);
       sums_.mend(
@@ -795,7 +830,8 @@ class BackwardPass : Operation {
     const bool again = call_.normalises_residual
                            ? !call_.mask && call_.activation != kIdentity
                            : base_.outputs != Outputs::cached && base_.residual && reads_dresidual();
-    return again && bytes * grid_.slices() <= kMaxKeptBytes ? bytes : 0;
+    const bool as_planes = !grid_.small_planes(call_.dtype, 2);  // as the pass that reads it walks
+    return again && as_planes && bytes * grid_.slices() <= kMaxKeptBytes ? bytes : 0;
   }
 
   // Sums; and, with frozen statistics, dx.
@@ -804,9 +840,10 @@ class BackwardPass : Operation {
     tile.dresidual = batch_mode_ && call_.normalises_residual ? nullptr : dresidual;
     tile.dz = slice.kept;
     if (!batch_mode_) tile.dx = call_.dx;
+    const bool across = grid_.small_planes(call_.dtype, 2);
     const auto run = [&](const TileFunction* functions) {
       tile.sums = sums_.start(slice, 0, reduced_);
-      run_tile(functions[call_.dtype], tile, slice);
+      sum_tile(functions[call_.dtype], tile, slice, x_norm_, across, kParameters, reduced_);
     };
     run(kernels_.reduce);
     if (call_.dtype == kFloat64) return;

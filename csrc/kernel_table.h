@@ -139,6 +139,10 @@ struct KernelTable {
   TileFunction statistics_wide[kDataTypes];
   void (*to_double[kDataTypes])(const void* source, double* target, int64_t count);
   void (*from_double[kDataTypes])(const double* source, void* target, int64_t count);
+  // A channel's number for each of its `width` columns; a vector's worth behind the last may be written over. And the
+  // columns of each channel added up and to its sum.
+  void (*to_columns[kDataTypes])(const void* channels, int64_t count, int64_t width, void* columns);
+  void (*add_columns)(const double* columns, int64_t count, int64_t width, double* sums);
   // The functions of simd_math.h, for tests: false where there is none of that name.
   bool (*apply_math_float)(const char* name, const float* in, float* out, int64_t count);
   bool (*apply_math_coarse)(const char* name, const float* in, float* out, int64_t count);

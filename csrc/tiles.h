@@ -198,7 +198,7 @@ VGKERN_INLINE void walk(Pass& pass) {
       at.ahead = next(1);
       for (int64_t row = first_row; row < end_row;) {
         const int64_t end = row + kColumnStrip < end_row ? row + kColumnStrip : end_row;
-        if (kWidth > 1 && tile.stride == kStep) {  // rows of one vector each: they lie side by side
+        if (kWidth > 1 && tile.stride == kStep && tile.width == kStep) {  // rows of one vector each, side by side
           at.ahead = at.element + kNear / static_cast<int64_t>(sizeof(T));
           for (; row + kWidth <= end; row += kWidth) {
             stretch.template run<kWidth>(at);
@@ -1038,6 +1038,35 @@ void from_double(const double* source, void* target, int64_t count) {
   }
 }
 
+template <class T>
+void to_columns(const void* channels, int64_t count, int64_t width, void* columns) {
+  using R = Opmath<T>;
+  const auto* from = static_cast<const R*>(channels);
+  auto* to = static_cast<R*>(columns);
+  for (int64_t channel = 0; channel < count; ++channel, to += width) {
+    const Vec<R> number(from[channel]);
+    for (int64_t i = 0; i < width; i += kLanes<R>) store(to + i, number);
+  }
+}
+
+void add_columns(const double* columns, int64_t count, int64_t width, double* sums) {
+  constexpr int64_t kStep = kLanes<double>;
+  for (int64_t channel = 0; channel < count; ++channel, columns += width) {
+    Vec<double> total[2] = {Vec<double>(0.0), Vec<double>(0.0)};
+    int64_t i = 0;
+    for (; i + 2 * kStep <= width; i += 2 * kStep) {
+      total[0] += load(columns + i);
+      total[1] += load(columns + i + kStep);
+    }
+    if (i + kStep <= width) {
+      total[0] += load(columns + i);
+      i += kStep;
+    }
+    if (i < width) total[1] += load(columns + i, static_cast<int>(width - i), 0.0);
+    sums[channel] += sum(total[0] + total[1]);
+  }
+}
+
 // ---- The table -----------------------------------------------------------------------------------------------------
 
 #define VGKERN_EACH_TYPE(function) {function<float>, function<double>, function<bfloat16>, function<float16>}
@@ -1081,6 +1110,8 @@ constexpr KernelTable make_table(const char* name) {
           VGKERN_EACH_TYPE(statistics_wide),
           VGKERN_EACH_TYPE(to_double),
           VGKERN_EACH_TYPE(from_double),
+          VGKERN_EACH_TYPE(to_columns),
+          add_columns,
           apply_math<Math<float>>,
           apply_math<CoarseMath>,
           apply_math<Math<double>>,

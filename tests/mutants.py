@@ -54,6 +54,7 @@ RECORD = "tests/test_grad_record.py|triton and (every_field or epsilon or dead_f
 BOUNDS = "tests/test_grad_norm_bounds.py|triton and (lies_within or accept)"
 GRADIENTS = "tests/test_gradient_norms.py|triton"
 CPU_KERNELS = "tests/test_cpu_kernels.py"
+SMALL_PLANES = "csrc/small_planes.cpp"
 SYNC = "tests/test_sync_batch_norm.py"
 CPU_GRID = "tests/test_grid.py|test_grid and cpu"
 CPU_GRADIENTS = "tests/test_gradient_norms.py|cpu or threads"
@@ -386,6 +387,23 @@ FAULTS = [
           CPU_KERNELS),
     Fault("differences rounded before they are summed", "csrc/tiles.h", "kSumsX = std::is_same_v<T, float> &&",
           "kSumsX = false && std::is_same_v<T, float> &&", CPU_KERNELS),
+    Fault("bits of small planes taken as they lie", SMALL_PLANES, "tile.mask && spatial_ % 8 != 0", "false",
+          CPU_KERNELS),
+    Fault("bits of small planes with those behind them", SMALL_PLANES, " & ((uint64_t{1} << bits) - 1)", "",
+          CPU_KERNELS),
+    Fault("sums of columns begun with what was there", SMALL_PLANES, "std::fill_n(sums_, sums * padded_, 0.0)",
+          "std::fill_n(sums_, padded_, 0.0)", CPU_KERNELS),
+    Fault("sums of columns in the wrong row", SMALL_PLANES, "planes.sums + row * planes.padded_channels",
+          "planes.sums + row", CPU_KERNELS),
+    Fault("columns without the residual's numbers", SMALL_PLANES, "set <= tile.normalises_residual", "set < 1",
+          "tests/test_double_batch_norm.py"),
+    Fault("columns streamed where they are not aligned", SMALL_PLANES,
+          "aligned ? Outputs::streamed : Outputs::cached", "Outputs::streamed", CPU_KERNELS),
+    Fault("dz kept as planes and read as columns", CPU, "again && as_planes", "again", CPU_KERNELS),
+    Fault("columns of a channel added up without their tail", "csrc/tiles.h", "if (i < width) total[1] +=",
+          "if (false) total[1] +=", CPU_KERNELS),
+    Fault("rows of less than a vector taken for whole ones", "csrc/tiles.h",
+          "tile.stride == kStep && tile.width == kStep", "tile.stride == kStep", CPU_KERNELS),
     Fault("every run staged for the first", "csrc/tiles.h", "stream_run(stages_[i], targets_[i] + first)",
           "stream_run(stages_[i], targets_[i] + tile_.offset)", CPU_KERNELS),
     Fault("whole vectors streamed where none is aligned", CPU,

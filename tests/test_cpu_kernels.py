@@ -29,6 +29,11 @@ _C = pytest.importorskip("vgkern._C", reason="not run: the package was built wit
 DTYPES = tuple(cpu._DTYPE)
 MODES = ("batch", "running", "none")
 
+# Small planes are summed across a batch of sixteen or more.
+WALKS = pytest.mark.parametrize(
+    ("times", "rows"), [(1, False), (1, True), (8, False)], ids=["planes", "rows", "small planes"]
+)
+
 
 @pytest.fixture(params=cpu.available_isas())
 def isa(request) -> Iterator[str]:
@@ -94,11 +99,14 @@ def _record(results) -> dict[str, float]:
 
 # ---- Determinism ---------------------------------------------------------------------------------------------------
 
-# Few channels of many elements, more channels than threads, planes larger than a slice, and rows: wide, and narrow.
+# Few channels of many elements, more channels than threads, planes larger than a slice, small ones across the batch, in
+# one slice and in several, and rows: wide, and narrow.
 THREADED = [
     ((8, 3, 70, 71), False),
     ((4, 40, 33, 31), False),
     ((1, 2, 300, 301), False),
+    ((40, 21, 7, 7), False),
+    ((900, 18, 5, 3), False),
     ((8, 20, 60, 61), True),
     ((6, 300, 13, 14), True),
     ((150, 700), True),
@@ -158,11 +166,22 @@ def test_rows_of_many_channels(isa, dtype):
         Case(activation, dtype, "channels_last", training, shape=(5, 71, 9, 3)).assert_passes("cpu")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_small_planes_across_the_batch(isa, dtype):
+    """Whole vectors of columns and tails, whole bytes of a mask and not, one channel's columns and many."""
+    shapes = [(17, 19, 5, 5), (33, 32, 2, 4), (16, 3, 3, 3), (20, 40, 1, 2), (18, 5, 7, 9)]
+    for activation, shape in itertools.product(("relu", "prelu", "gelu"), shapes):
+        Case(activation, dtype, "contiguous", True, shape=shape).assert_passes("cpu")
+    Case("relu", dtype, "contiguous", False, shape=shapes[0]).assert_passes("cpu")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_mask_bits_and_the_gradient_made_from_them(isa, dtype):
+@pytest.mark.parametrize("batch", [2, 16])
+def test_mask_bits_and_the_gradient_made_from_them(isa, dtype, batch):
     """In mode "none" z is x + residual to the bit, so the mask must be the reference's, for every width of a tail."""
-    for activation, rows, width in itertools.product(("relu", "hardsigmoid"), (False, True), range(1, 35)):
-        shape = (2, width, 2, 2) if rows else (2, 3, 1, width)
+    widths = (*range(1, 35), 63, 64)
+    for activation, rows, width in itertools.product(("relu", "hardsigmoid"), (False, True), widths):
+        shape = (batch, width, 2, 2) if rows else (batch, 35 if batch == 16 else 3, 1, width)
         arguments, dy = _arguments(shape, dtype, mode="none", activation=activation, rows=rows)
         ours = _forward_and_backward(arguments, dy)
         theirs = _forward_and_backward(arguments, dy, backend=reference)
@@ -254,13 +273,15 @@ def no_cache() -> Iterator[None]:
 
 
 # Planes of whole cache lines; small ones that do not begin at one, in groups that the last does not fill; some that
-# fill a stage, and one that does not fit; rows of whole lines, and not.
+# fill a stage, and one that does not fit; small ones across the batch, of whole lines, and not; rows, the same.
 PAST_CACHES = [
     ((3, 4, 8, 8), False),
     ((3, 37, 7, 7), False),
     ((5, 6, 14, 15), False),
     ((2, 3, 39, 41), False),
     ((1, 2, 91, 95), False),
+    ((16, 32, 5, 5), False),
+    ((17, 37, 3, 5), False),
     ((4, 32, 3, 3), True),
     ((4, 13, 3, 3), True),
 ]
@@ -331,9 +352,10 @@ def test_nothing_is_read_or_written_beyond_a_tensor(isa, dtype, past_caches, at_
         return t if t is None or not isinstance(t, torch.Tensor) else guarded.like(t, at_end=at_end).copy_(t)
 
     monkeypatch.setattr(cpu.torch, "empty_like", lambda t: guarded.like(t, at_end=at_end))
-    cases = itertools.product(("relu", "silu", "prelu"), MODES, (False, True), (1, 2, 7, 8, 9, 15, 16, 17, 31, 33))
-    for activation, mode, rows, width in cases:
-        shape = (2, width, 1, 2) if rows else (2, 2, 1, width)
+    walks = (2, False), (2, True), (16, False)
+    cases = itertools.product(("relu", "silu", "prelu"), MODES, walks, (1, 2, 7, 8, 9, 15, 16, 17, 31, 33))
+    for activation, mode, (batch, rows), width in cases:
+        shape = (batch, width, 1, 2) if rows else (batch, 2, 1, width)
         arguments, dy = _arguments(shape, dtype, mode=mode, activation=activation, rows=rows)
         guarded.maps.clear()
         guarded_arguments = tuple(copy(argument) for argument in arguments)
@@ -348,11 +370,11 @@ def test_nothing_is_read_or_written_beyond_a_tensor(isa, dtype, past_caches, at_
 # ---- Numbers -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [False, True])
+@WALKS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_constant_channel_gives_the_bias_to_the_bit(isa, dtype, rows):
+def test_a_constant_channel_gives_the_bias_to_the_bit(isa, dtype, times, rows):
     constants = [0.0, -0.0, 1e-3, 1.0, 1e4] + [1e8, 3e38] * (dtype != torch.float16)
-    arguments, dy = _arguments((3, len(constants), 9, 5), dtype, activation="identity", rows=rows)
+    arguments, dy = _arguments((3 * times, len(constants), 5, 5), dtype, activation="identity", rows=rows)
     x, residual, _, bias = arguments[:4]
     x.copy_(torch.tensor(constants, dtype=dtype).view(1, -1, 1, 1).expand_as(x))
     results = _forward_and_backward(arguments, dy)
@@ -362,11 +384,11 @@ def test_a_constant_channel_gives_the_bias_to_the_bit(isa, dtype, rows):
     assert results["dx"].isfinite().all()
 
 
-@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize(("shape", "rows"), [((16, 5, 30, 31), False), ((16, 5, 30, 31), True), ((99, 5, 7, 9), False)])
 @pytest.mark.parametrize(("mean", "outlier"), [(1e6, 0.0), (0.0, 1e4), (-1e4, 0.0)])
-def test_statistics_of_large_means_and_outliers(isa, mean, outlier, rows):
+def test_statistics_of_large_means_and_outliers(isa, mean, outlier, shape, rows):
     """An outlier as first element is the value from which the statistics measure."""
-    arguments, _ = _arguments((16, 5, 30, 31), torch.float32, rows=rows)
+    arguments, _ = _arguments(shape, torch.float32, rows=rows)
     x = arguments[0].add_(mean)
     x[0, :, 0, 0] += outlier
     mean_, rstd, var = cpu.batch_norm_act_forward(*arguments)[1]
@@ -393,10 +415,10 @@ def test_recorded_norm_is_that_of_the_dx_that_was_written(dtype, noise, rows):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("rows", [False, True])
+@WALKS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_norm_bounds_scale_dx_and_nothing_else(dtype, rows, mode):
-    arguments, dy = _arguments((4, 18, 5, 6), dtype, mode=mode, rows=rows)
+def test_norm_bounds_scale_dx_and_nothing_else(dtype, times, rows, mode):
+    arguments, dy = _arguments((4 * times, 18, 5, 6), dtype, mode=mode, rows=rows)
     free = _forward_and_backward(arguments, dy)
     norm = free["dx"].double().norm().item()
     for low, high in ((0.0, norm / 3), (norm * 3, math.inf), (norm / 2, norm * 2)):
@@ -413,10 +435,10 @@ def test_norm_bounds_scale_dx_and_nothing_else(dtype, rows, mode):
             assert _bits(bounded) == _bits(free)
 
 
-@pytest.mark.parametrize("rows", [False, True])
+@WALKS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_record_counts_dead_and_nonfinite_elements(isa, dtype, rows):
-    arguments, dy = _arguments((3, 19, 5, 3), dtype, mode="none", rows=rows)
+def test_record_counts_dead_and_nonfinite_elements(isa, dtype, times, rows):
+    arguments, dy = _arguments((3 * times, 19, 5, 3), dtype, mode="none", rows=rows)
     x, residual = arguments[:2]
     dy[0, 0, 0, 0], dy[1, 5, 2, 1], dy[2, 18, 4, 2] = math.inf, -math.inf, math.nan
     dy[1, 6, 0, 0] = torch.finfo(dtype).max  # finite, if only just
@@ -427,20 +449,21 @@ def test_record_counts_dead_and_nonfinite_elements(isa, dtype, rows):
     assert record["backwards"] == 1
 
 
+@WALKS
 @pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e25])
-def test_squares_neither_vanish_nor_overflow(isa, scale):
+def test_squares_neither_vanish_nor_overflow(isa, scale, times, rows):
     for mode in MODES:
-        arguments, dy = _arguments((4, 5, 6, 7), torch.float32, mode=mode)
+        arguments, dy = _arguments((4 * times, 5, 5, 6), torch.float32, mode=mode, rows=rows)
         plain, scaled = (_record(_forward_and_backward(arguments, dy * factor)) for factor in (1.0, scale))
         for name in ("grad_output_sq", "grad_preact_sq", "grad_input_sq", "grad_weight_sq", "grad_bias_sq"):
             assert scaled[name] == pytest.approx(plain[name] * scale**2, rel=1e-5, abs=0)
         assert scaled["nonfinite"] == 0
 
 
-@pytest.mark.parametrize("rows", [False, True])
+@WALKS
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_bad_value_stays_in_its_channel(isa, rows, bad):
-    arguments, dy = _arguments((4, 20, 6, 7), torch.float32, rows=rows)
+def test_a_bad_value_stays_in_its_channel(isa, times, rows, bad):
+    arguments, dy = _arguments((4 * times, 20, 5, 6), torch.float32, rows=rows)
     clean = _forward_and_backward(arguments, dy)
     arguments[0][1, 3, 2, 5] = bad
     spoilt = _forward_and_backward(arguments, dy)

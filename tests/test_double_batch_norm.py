@@ -97,9 +97,10 @@ def test_grid(backend, activation):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(3, 70, 1, 1), (2, 3, 31, 33), (40, 67, 9, 10), (5, 16, 64, 64)])
+@pytest.mark.parametrize("shape", [(3, 70, 1, 1), (2, 3, 31, 33), (40, 67, 9, 10), (20, 37, 5, 5), (5, 16, 64, 64)])
 def test_shapes_on_the_cpu(shape, layout):
-    """Of slices of one plane and of many, that fit the caches together and that do not, with tails of every kind."""
+    """Of slices of one plane and of many, that fit the caches together and that do not, with tails of every kind; of
+    planes that are summed across the batch."""
     for activation, dtype in (("relu", "float32"), ("gelu", "bfloat16"), ("prelu", "float64")):
         Case(activation, dtype, layout, shape=shape, mean=100.0, layer="double_batch_norm_act").assert_passes("cpu")
 
