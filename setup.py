@@ -19,7 +19,10 @@ from setuptools.errors import CompileError
 from setuptools.modified import newer_group
 
 # Without contraction: where the kernels want a·b + c in one rounding they say fma, and nowhere else is it one.
-FLAGS = ["-O2", "-g0", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# Functions begin at a cache line: else where one lies in it, which any change of another may move, makes up to 8 % of
+# its speed (Zen 5).
+FLAGS = ["-O2", "-g0", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-falign-functions=64"]
+FLAGS += ["-Wall", "-Wextra"]
 
 # What each file of csrc/isa is compiled with beyond FLAGS; csrc/dispatch.cpp asks the machine for the same, but for
 # prefetchw, which does nothing on a processor with AVX2 that lacks it.

@@ -64,6 +64,8 @@ struct Block {
 // How many bytes ahead of itself a walk asks for: far enough for memory to answer, near enough for the L1 cache to keep
 // them; further where it reads one tensor alone, and comes there sooner.
 constexpr int64_t kNear = 4096, kFar = 8192;
+// What a band of rows takes of each tensor: more where it is one tensor alone.
+constexpr int64_t kNarrow = 8192, kBroad = 16384;
 
 // An element that a walk over planes comes to some way on: further along the planes of a run, which lie side by side,
 // in a run after it, or in the tile that follows.
@@ -146,8 +148,7 @@ VGKERN_INLINE void walk(Pass& pass) {
 
   // Band by band: rows that stay in the L1 cache while all columns are walked down, one after the other, but not fewer
   // than the pass asks for. Where there is but one column, all rows.
-  constexpr int64_t kBandBytes = 8192;
-  const int64_t rows_in_band = kBandBytes / (vectors * kStep * static_cast<int64_t>(sizeof(T)));
+  const int64_t rows_in_band = Pass::kBandBytes / (vectors * kStep * static_cast<int64_t>(sizeof(T)));
   const int64_t whole_bands = rows_in_band / Pass::kBandRows * Pass::kBandRows;
   const int64_t band = vectors <= 2 ? tile.runs : whole_bands > 0 ? whole_bands : Pass::kBandRows;
   int64_t next_row = band, next_column = 0;
@@ -684,7 +685,7 @@ struct StatisticsPass {
   using Element = T;
   using R = Opmath<T>;
   using Width = std::conditional_t<std::is_same_v<S, Vec<R>>, WidthOf<T>, vgkern::Width<1, 1>>;  // sums in S are rare
-  static constexpr int64_t kTerms = kSummedTerms<T>, kBandRows = 8, kAhead = kFar;
+  static constexpr int64_t kTerms = kSummedTerms<T>, kBandRows = 8, kBandBytes = kBroad, kAhead = kFar;
 
   const Tile tile;  // a copy: what the kernel stores cannot be one of its fields
   LaneSums<R, 0, 2> sums{tile};
@@ -744,7 +745,7 @@ struct ForwardPass {
   using Element = T;
   using R = Opmath<T>;
   using Width = WidthOf<T, F::reads>;
-  static constexpr int64_t kTerms = kNoTerms, kBandRows = 2, kAhead = kNear;
+  static constexpr int64_t kTerms = kNoTerms, kBandRows = 2, kBandBytes = kNarrow, kAhead = kNear;
 
   Tile tile;
   const F activation{tile.activation_args};
@@ -799,7 +800,7 @@ struct ReducePass {
   using R = Opmath<T>;
   static constexpr bool kRare = !std::is_same_v<S, Vec<R>>;
   using Width = std::conditional_t<kRare, vgkern::Width<1, 1>, WidthOf<T, F::reads>>;
-  static constexpr int64_t kTerms = kSummedTerms<T>, kAhead = kNear;
+  static constexpr int64_t kTerms = kSummedTerms<T>, kBandBytes = kNarrow, kAhead = kNear;
   static constexpr int64_t kBandRows = 32;  // what is added up for a stretch is worth a few rows more
 
   Tile tile;
@@ -930,7 +931,7 @@ struct ApplyPass {
   using Element = T;
   using R = Opmath<T>;
   using Width = WidthOf<T, F::reads>;
-  static constexpr int64_t kTerms = kNoTerms, kBandRows = 2, kAhead = kNear;
+  static constexpr int64_t kTerms = kNoTerms, kBandRows = 2, kBandBytes = kNarrow, kAhead = kNear;
 
   Tile tile;
   const F activation{tile.activation_args};
