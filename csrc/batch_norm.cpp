@@ -735,8 +735,7 @@ class BackwardPass : Operation {
     base_.dx_factor = 1.0;
     // Frozen statistics, z known from the mask, γ without a gradient: nothing reads x.
     const bool dweight_wanted = call.norm.weight.data && (call.dweight || call.record);
-    const bool reads_z = !call.mask && call.activation != kIdentity;
-    if (!batch_mode_ && !reads_z && !(call.statistics && dweight_wanted)) base_.x = nullptr;
+    if (!batch_mode_ && !evaluates_z() && !(call.statistics && dweight_wanted)) base_.x = nullptr;
   }
 
   void operator()() {
@@ -823,14 +822,25 @@ class BackwardPass : Operation {
   // its activation, and half of the work of a smooth one. Kept or read again, it is the same.
   bool reads_dresidual() const { return call_.dresidual && !call_.mask && !call_.normalises_residual; }
 
+  bool evaluates_z() const { return !call_.mask && call_.activation != kIdentity; }
+
+  // Whether the sums are made across the batch. Where z is evaluated, lanes that are left empty cost more than reading
+  // several tensors that way, if samples are not a multiple of a page apart.
+  bool sums_across() const {
+    const Shape& x = call_.shape;
+    const bool aliased = x.channels * x.spatial * item_size(call_.dtype) % 4096 == 0;
+    const bool empty_lanes = evaluates_z() && x.spatial % kChannelPadding != 0;
+    return grid_.small_planes(call_.dtype, empty_lanes && !aliased ? 1 : 2);
+  }
+
   // Of a slice's dz, if it is to be kept for the second pass: where it costs more to make than to read again, and
   // dresidual does not stay in the caches.
   int64_t kept_bytes() const {
     const int64_t bytes = grid_.padded_slice() * item_size(call_.dtype);
     const bool again = call_.normalises_residual
-                           ? !call_.mask && call_.activation != kIdentity
+                           ? evaluates_z()
                            : base_.outputs != Outputs::cached && base_.residual && reads_dresidual();
-    const bool as_planes = !grid_.small_planes(call_.dtype, 2);  // as the pass that reads it walks
+    const bool as_planes = !sums_across();  // as the pass that reads it walks
     return again && as_planes && bytes * grid_.slices() <= kMaxKeptBytes ? bytes : 0;
   }
 
@@ -840,10 +850,10 @@ class BackwardPass : Operation {
     tile.dresidual = batch_mode_ && call_.normalises_residual ? nullptr : dresidual;
     tile.dz = slice.kept;
     if (!batch_mode_) tile.dx = call_.dx;
-    const bool across = grid_.small_planes(call_.dtype, 2);
+    if (sums_across() && reads_dresidual()) tile.outputs = Outputs::cached;  // where the second pass finds it
     const auto run = [&](const TileFunction* functions) {
       tile.sums = sums_.start(slice, 0, reduced_);
-      sum_tile(functions[call_.dtype], tile, slice, x_norm_, across, kParameters, reduced_);
+      sum_tile(functions[call_.dtype], tile, slice, x_norm_, sums_across(), kParameters, reduced_);
     };
     run(kernels_.reduce);
     if (call_.dtype == kFloat64) return;
