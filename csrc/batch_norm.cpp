@@ -229,7 +229,8 @@ void fence() {
 
 class Operation {
  protected:
-  // `tensors`: how many like x share the L2 cache.
+  // `tensors`: how many like x share the L2 cache between a group's two passes: what is read twice, and what is written
+  // meanwhile.
   Operation(const KernelTable& table, const Common& call, int64_t tensors)
       : table_(table),
         kernels_(table.activations[call.activation]),

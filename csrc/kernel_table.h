@@ -64,8 +64,9 @@ enum class Outputs { cached, streamed, staged };
 // across (rows), for each run alone.
 //
 // Not across: element `offset + run·stride + channel·channel_stride` begins the stretch of a channel. Across: element i
-// of every run is of channel i, and `channels` is 1. `parameters` and `sums` point at the tile's first channel; their
-// rows are `padded_channels` apart. Sums are added to. Null pointers stand for what is absent or not wanted.
+// of every run is of channel i, or has numbers and sums of its own as a channel has (small_planes.h), and `channels` is
+// 1. `parameters` and `sums` point at the tile's first channel; their rows are `padded_channels` apart. Sums are added
+// to. Null pointers stand for what is absent or not wanted.
 struct Tile {
   int64_t runs, channels, width;
   int64_t offset, stride, channel_stride;
