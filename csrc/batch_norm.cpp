@@ -331,8 +331,7 @@ class Operation {
   }
 
   const char* parameters_of(int64_t index) const {
-    const int64_t size = common_.dtype == kFloat64 ? sizeof(double) : sizeof(float);
-    return reinterpret_cast<const char*>(parameters_.get()) + index * size;
+    return reinterpret_cast<const char*>(parameters_.get()) + index * opmath_size(common_.dtype);
   }
 
   // Outputs are better written past the caches where all tensors take more than a share of these.
@@ -351,8 +350,6 @@ class Operation {
            : grid_.stages(common_.dtype) ? Outputs::staged
                                          : Outputs::cached;
   }
-
-  int64_t opmath_size() const { return common_.dtype == kFloat64 ? sizeof(double) : sizeof(float); }
 
   void run_tile(TileFunction function, Tile tile, const Slice& slice) const {
     run_tile(function, tile, slice, x_norm_);

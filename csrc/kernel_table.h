@@ -11,6 +11,9 @@ namespace vgkern {
 
 enum DataType : int { kFloat32, kFloat64, kBFloat16, kFloat16, kDataTypes };
 
+// Bytes of the type of arithmetic R.
+constexpr int64_t opmath_size(DataType dtype) { return dtype == kFloat64 ? 8 : 4; }
+
 // Arrays of channels are padded to a multiple of this many, so that every vector of them is whole.
 constexpr int64_t kChannelPadding = 16;
 

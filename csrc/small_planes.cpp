@@ -6,8 +6,6 @@
 namespace vgkern {
 namespace {
 
-int64_t size_of_parameter(DataType dtype) { return dtype == kFloat64 ? sizeof(double) : sizeof(float); }
-
 // A row of columns and a vector behind it.
 int64_t padded(int64_t columns) { return (columns / kChannelPadding + 2) * kChannelPadding; }
 
@@ -50,13 +48,12 @@ Columns::Columns(const KernelTable& table, DataType dtype, int64_t spatial, int6
       dtype_(dtype),
       spatial_(spatial),
       padded_(padded(channels * spatial)),
-      memory_(
-          new char[64 + kSums * padded_ * static_cast<int64_t>(sizeof(double)) +
-                   2 * kParameters * padded_ * size_of_parameter(dtype) + rows * ((channels * spatial + 7) / 8) + 8]) {
+      memory_(new char[64 + kSums * padded_ * static_cast<int64_t>(sizeof(double)) +
+                       2 * kParameters * padded_ * opmath_size(dtype) + rows * ((channels * spatial + 7) / 8) + 8]) {
   char* begin = memory_.get() + -reinterpret_cast<uintptr_t>(memory_.get()) % 64;
   sums_ = reinterpret_cast<double*>(begin);
   parameters_ = begin + kSums * padded_ * static_cast<int64_t>(sizeof(double));
-  mask_ = reinterpret_cast<uint8_t*>(parameters_ + 2 * kParameters * padded_ * size_of_parameter(dtype));
+  mask_ = reinterpret_cast<uint8_t*>(parameters_ + 2 * kParameters * padded_ * opmath_size(dtype));
 }
 
 void Columns::run(TileFunction function, Tile tile, int parameters, int sums) {
@@ -68,7 +65,7 @@ void Columns::run(TileFunction function, Tile tile, int parameters, int sums) {
 
   tile.padded_channels = padded_;
   tile.parameters = parameters_;
-  const int64_t size = size_of_parameter(dtype_);
+  const int64_t size = opmath_size(dtype_);
   for (int set = 0; set <= tile.normalises_residual; ++set) {
     for (int row = set * kParameters; row < set * kParameters + parameters; ++row) {
       const auto* from = static_cast<const char*>(planes.parameters) + row * planes.padded_channels * size;

@@ -391,6 +391,7 @@ FAULTS = [
           CPU_KERNELS),
     Fault("bits of small planes with those behind them", SMALL_PLANES, " & ((uint64_t{1} << bits) - 1)", "",
           CPU_KERNELS),
+    Fault("bits read beyond the last plane's", SMALL_PLANES, "if (bytes >= 8)", "if (true)", CPU_KERNELS),
     Fault("sums of columns begun with what was there", SMALL_PLANES, "std::fill_n(sums_, sums * padded_, 0.0)",
           "std::fill_n(sums_, padded_, 0.0)", CPU_KERNELS),
     Fault("sums of columns in the wrong row", SMALL_PLANES, "planes.sums + row * planes.padded_channels",
