@@ -224,15 +224,33 @@ VGKERN_INLINE void walk(Pass& pass) {
 
 // ---- What stretches are made of ------------------------------------------------------------------------------------
 
-template <int VECTORS, class T, class R, int COLUMNS>
+// PAIRS: vectors side by side at once, where there is a way: faster, but for many sums over stretches that begin
+// anywhere.
+template <bool PAIRS, int VECTORS, class T, class R, int COLUMNS>
 VGKERN_INLINE void load_block(Vec<R> (&v)[VECTORS], const T* base, const Block<R, COLUMNS>& at, R fill) {
   constexpr int kLast = VECTORS - 1;
   unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
     if constexpr (j * kLanes<R> * sizeof(T) % 64 == 0) __builtin_prefetch(base + at.ahead + j * kLanes<R>);
-    if constexpr (j < kLast) v[j] = load(base + at.element_of(j));
   });
-  const T* p = base + at.element_of(kLast);
-  v[kLast] = COLUMNS == 2 || at.whole() ? load(p) : load(p, at.lanes, fill);
+  const auto load_pairs = [&](auto count) VGKERN_LAMBDA {
+    unroll<count>([&](auto j) VGKERN_LAMBDA {
+      const T* p = base + at.element_of(2 * j);
+      if constexpr (PAIRS) {
+        load_pair(p, v[2 * j], v[2 * j + 1]);
+      } else {
+        v[2 * j] = load(p);
+        v[2 * j + 1] = load(p + kLanes<R>);
+      }
+    });
+  };
+  if (COLUMNS == 2 || at.whole()) {
+    load_pairs(std::integral_constant<int, VECTORS / 2>{});
+    if constexpr (VECTORS == 1) v[0] = load(base + at.element_of(0));
+    return;
+  }
+  load_pairs(std::integral_constant<int, (VECTORS - 1) / 2>{});
+  if constexpr (VECTORS > 1) v[kLast - 1] = load(base + at.element_of(kLast - 1));
+  v[kLast] = load(base + at.element_of(kLast), at.lanes, fill);
 }
 
 // Asks for the lines of an output that the walk comes to later: a store to a line that is not there holds up those that
@@ -298,9 +316,8 @@ VGKERN_INLINE void store_masks(const Mask<R> (&mask)[VECTORS], uint8_t* base, co
       }
     });
   } else {
-    unroll<VECTORS / 2>([&](auto j) VGKERN_LAMBDA {
-      store_bit_pair<R>(base + at.mask_byte_of(2 * j), bits(mask[2 * j]), bits(mask[2 * j + 1]));
-    });
+    unroll<VECTORS / 2>(
+        [&](auto j) VGKERN_LAMBDA { store_bit_pair(base + at.mask_byte_of(2 * j), mask[2 * j], mask[2 * j + 1]); });
   }
 }
 
@@ -549,7 +566,8 @@ struct NormalisedResidual {
 
   VGKERN_INLINE void deviations(Vec<R> (&e)[VECTORS]) const {
     const PerColumn<R, COLUMNS> pivot = parameter(kPivot);
-    load_block(e, static_cast<const T*>(tile.residual), at, *Parameters<R>{tile, channel}.at(of_residual(kPivot)));
+    load_block<true>(e, static_cast<const T*>(tile.residual), at,
+                     *Parameters<R>{tile, channel}.at(of_residual(kPivot)));
     unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { e[j] = e[j] - pivot[j]; });
   }
 
@@ -559,6 +577,12 @@ struct NormalisedResidual {
   }
 };
 
+// Whether a tile is that of a usual forward: with a residual, and a mask to be saved.
+template <class F>
+VGKERN_INLINE bool is_usual_forward(const Tile& tile) {
+  return F::reads == Reads::mask && tile.normalises && tile.residual && !tile.normalises_residual && tile.saved_mask;
+}
+
 // Whether a tile is that of a usual backward: over the batch's statistics, its mask saved, and no second batch norm.
 //
 // Such a tile has code of its own, where what it has need not be asked of each block, and none is for what it has not.
@@ -566,7 +590,7 @@ struct NormalisedResidual {
 // that lay strewn over several pages took up to three times as long in one copy of a file as in another of the same
 // bytes (Zen 5). Where z is evaluated that takes most of the time, and there is none.
 template <class F>
-VGKERN_INLINE bool is_usual(const Tile& tile) {
+VGKERN_INLINE bool is_usual_backward(const Tile& tile) {
   return tile.x && tile.normalises && !tile.normalises_residual && !tile.dz &&
          (F::reads == Reads::nothing || (F::reads == Reads::mask && tile.mask));
 }
@@ -592,9 +616,9 @@ struct PreActivation {
         weight(tile, channel, kActivationWeight),
         fill(*Parameters<R>{tile, channel}.at(kPivot)) {}
 
-  template <int VECTORS>
+  template <bool PAIRS, int VECTORS>
   VGKERN_INLINE void deviations(Vec<R> (&d)[VECTORS], const Block<R, COLUMNS>& at) const {
-    load_block(d, static_cast<const T*>(tile.x), at, fill);
+    load_block<PAIRS>(d, static_cast<const T*>(tile.x), at, fill);
     unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { d[j] = d[j] - pivot[j]; });
   }
 
@@ -605,9 +629,9 @@ struct PreActivation {
       NormalisedResidual<T, VECTORS, COLUMNS, OUT_OF_LINE> residual(tile, channel, at, z);
       residual.add();
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { z[j] = residual.values[j]; });
-    } else if (tile.residual) {
+    } else if (USUAL || tile.residual) {
       Vec<R> residual[VECTORS];
-      load_block(residual, static_cast<const T*>(tile.residual), at, R(0));
+      load_block<true>(residual, static_cast<const T*>(tile.residual), at, R(0));
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { z[j] = z[j] + residual[j]; });
     }
     // Last, for a sum of opposite terms is exact, and small, and the low parts then are not. Half precision does not
@@ -709,7 +733,7 @@ struct StatisticsPass {
     template <int VECTORS>
     VGKERN_INLINE void run(const Block<R, COLUMNS>& at) {
       Vec<R> x[VECTORS];
-      load_block(x, static_cast<const T*>(pass.tile.x), at, fill);
+      load_block<true>(x, static_cast<const T*>(pass.tile.x), at, fill);
       vectors += VECTORS / COLUMNS;
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
         using Term = typename CancellingSum<T, R, S, COLUMNS>::Term;
@@ -740,7 +764,7 @@ void statistics_tile(const Tile& tile) {
   pass.sums.finish();
 }
 
-template <class T, class F>
+template <class T, class F, bool USUAL>
 struct ForwardPass {
   using Element = T;
   using R = Opmath<T>;
@@ -757,17 +781,17 @@ struct ForwardPass {
   template <int COLUMNS>
   struct Stretch {
     ForwardPass& pass;
-    PreActivation<T, COLUMNS> z_of;
+    PreActivation<T, COLUMNS, USUAL> z_of;
 
     VGKERN_INLINE Stretch(ForwardPass& pass, int64_t channel) : pass(pass), z_of(pass.tile, channel) {}
 
     template <int VECTORS>
     VGKERN_INLINE void run(const Block<R, COLUMNS>& at) {
       Vec<R> d[VECTORS], z[VECTORS], y[VECTORS];
-      z_of.deviations(d, at);
+      z_of.template deviations<true>(d, at);
       z_of(z, d, at);
       if constexpr (F::reads == Reads::mask) {
-        if (pass.tile.saved_mask) {
+        if (USUAL || pass.tile.saved_mask) {
           Mask<R> on[VECTORS];
           unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { on[j] = pass.activation.on(z[j]); });
           store_masks(on, pass.tile.saved_mask, at);
@@ -787,10 +811,18 @@ struct ForwardPass {
   };
 };
 
+template <class T, class F, bool USUAL>
+VGKERN_NOINLINE void forward_as(const Tile& tile) {
+  ForwardPass<T, F, USUAL> pass{tile};
+  walk(pass);
+}
+
 template <class T, class F>
 void forward_tile(const Tile& tile) {
-  ForwardPass<T, F> pass{tile};
-  walk(pass);
+  if constexpr (F::reads == Reads::mask) {
+    if (is_usual_forward<F>(tile)) return forward_as<T, F, true>(tile);
+  }
+  forward_as<T, F, false>(tile);
 }
 
 // Squares are summed over strips in S; the terms of dβ, dγ and a slope's gradient cancel (CancellingSum).
@@ -841,9 +873,10 @@ struct ReducePass {
     VGKERN_INLINE void run(const Block<R, COLUMNS>& at) {
       const Tile& tile = pass.tile;
       Vec<R> dy[VECTORS], deviation[VECTORS];
-      load_block(dy, static_cast<const T*>(tile.dy), at, R(0));
+      constexpr bool kPairs = COLUMNS == 2;
+      load_block<kPairs>(dy, static_cast<const T*>(tile.dy), at, R(0));
       if (USUAL || tile.x) {
-        z_of.deviations(deviation, at);
+        z_of.template deviations<kPairs>(deviation, at);
       } else {
         unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { deviation[j] = Vec<R>(0); });
       }
@@ -897,13 +930,13 @@ struct ReducePass {
       dz_deviation.end_strip();
       if constexpr (F::has_weight) dweight.end_strip();
       dz_squares.end_strip();
-      dy_squares.end_strip();
+      if (pass.tile.record) dy_squares.end_strip();
     }
     VGKERN_INLINE void finish() {
       pass.sums.add(kDz, channel, dz_sum);
       pass.sums.add(kDzDeviation, channel, dz_deviation);
       pass.sums.add(kDzSquares, channel, dz_squares);
-      pass.sums.add(kDySquares, channel, dy_squares);
+      if (pass.tile.record) pass.sums.add(kDySquares, channel, dy_squares);
       if constexpr (F::has_weight) pass.sums.add(kActivationDweight, channel, dweight);
     }
   };
@@ -921,7 +954,7 @@ VGKERN_NOINLINE void reduce_as(const Tile& tile) {
 template <class T, class F, class S>
 void reduce_tile(const Tile& tile) {
   if constexpr (F::reads != Reads::z && std::is_same_v<S, Vec<Opmath<T>>>) {  // sums in another S are rare
-    if (is_usual<F>(tile) && !tile.dx) return reduce_as<T, F, S, true>(tile);
+    if (is_usual_backward<F>(tile) && !tile.dx) return reduce_as<T, F, S, true>(tile);
   }
   reduce_as<T, F, S, false>(tile);
 }
@@ -958,12 +991,12 @@ struct ApplyPass {
       const Tile& tile = pass.tile;
       Vec<R> deviation[VECTORS], dx[VECTORS];
       Derivative<R, VECTORS> d;
-      z_of.deviations(deviation, at);
+      z_of.template deviations<true>(deviation, at);
       if (!USUAL && tile.dz) {
         unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { d.dz[j] = load(static_cast<const T*>(tile.dz) + at.dz_of(j)); });
       } else {
         Vec<R> dy[VECTORS];
-        load_block(dy, static_cast<const T*>(tile.dy), at, R(0));
+        load_block<true>(dy, static_cast<const T*>(tile.dy), at, R(0));
         differentiate<USUAL>(d, pass.activation, z_of, at, deviation, dy);
         // As it would be read from dresidual, so that dx does not depend on whether that is wanted.
         if constexpr (sizeof(T) == 2 && F::reads == Reads::z) {
@@ -1008,7 +1041,7 @@ VGKERN_NOINLINE void apply_as(const Tile& tile) {
 template <class T, class F>
 void apply_tile(const Tile& tile) {
   if constexpr (F::reads != Reads::z) {
-    if (is_usual<F>(tile) && !tile.sums) return apply_as<T, F, true>(tile);
+    if (is_usual_backward<F>(tile) && !tile.sums) return apply_as<T, F, true>(tile);
   }
   apply_as<T, F, false>(tile);
 }

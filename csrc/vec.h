@@ -385,6 +385,18 @@ VGKERN_INLINE Vec<float> from_halves(__m256i halves) {
   });
 }
 
+// The floats whose upper halves are the first (0) or last (1) sixteen of thirty-two: one instruction each, where the
+// way by 32 bits and a shift takes two, of which the shift is one of many on its pipes.
+template <int WHICH>
+VGKERN_INLINE Vec<float> spread(__m512i halves) {
+  typedef int16_t I16 __attribute__((vector_size(64)));
+  I16 places{};
+  unroll<16>([&](auto i) VGKERN_LAMBDA { places[2 * i + 1] = 16 * WHICH + i; });
+  constexpr __mmask32 kUpper = 0xaaaaaaaa;
+  return each<Vec<float>>(
+      [&](auto) VGKERN_LAMBDA { return (F32)_mm512_maskz_permutexvar_epi16(kUpper, (__m512i)places, halves); });
+}
+
 // The lower (0) or upper (1) halves of thirty-two floats.
 template <int WHICH>
 VGKERN_INLINE __m512i halves_of(Vec<float> a, Vec<float> b) {
@@ -495,6 +507,19 @@ VGKERN_INLINE void stream(float16* p, Vec<float> v) { stream_halves(&p->bits, to
 
 // Two vectors side by side.
 template <class T, class R>
+VGKERN_INLINE void load_pair(const T* p, Vec<R>& a, Vec<R>& b) {
+#if VGKERN_AVX512
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    const __m512i both = _mm512_loadu_si512(p);
+    a = spread<0>(both);
+    b = spread<1>(both);
+    return;
+  }
+#endif
+  a = load(p);
+  b = load(p + kLanes<R>);
+}
+template <class T, class R>
 VGKERN_INLINE void store_pair(T* p, Vec<R> a, Vec<R> b) {
 #if VGKERN_AVX512
   if constexpr (std::is_same_v<T, bfloat16>) return _mm512_storeu_si512(p, to_bfloat16(a, b));
@@ -524,9 +549,17 @@ VGKERN_INLINE unsigned load_bit_pair(const uint8_t* p) {
   return bits;
 }
 template <class R>
-VGKERN_INLINE void store_bit_pair(uint8_t* p, unsigned low, unsigned high) {
-  const auto bits = static_cast<std::conditional_t<kLanes<R> == 16, uint32_t, uint16_t>>(low | high << kLanes<R>);
-  std::memcpy(p, &bits, sizeof bits);
+VGKERN_INLINE void store_bit_pair(uint8_t* p, Mask<R> low, Mask<R> high) {
+#if VGKERN_AVX512
+  if constexpr (kLanes<R> == 16) {  // without a way by the general registers
+    const __mmask32 both = _mm512_kunpackw(high.k, low.k);
+    std::memcpy(p, &both, sizeof both);
+    return;
+  }
+#endif
+  const auto both =
+      static_cast<std::conditional_t<kLanes<R> == 16, uint32_t, uint16_t>>(bits(low) | bits(high) << kLanes<R>);
+  std::memcpy(p, &both, sizeof both);
 }
 
 // The first `lanes` elements, the other lanes being `fill`. What lies behind them in memory is not touched.
