@@ -170,6 +170,8 @@ def _memory_format(x: Tensor) -> torch.memory_format:
     """The format in which the kernels take x: its own where it is dense, PyTorch's suggestion where it is not."""
     if x.is_contiguous():
         return torch.contiguous_format
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last  # PyTorch's suggestion takes 2 µs
     return torch._prims_common.suggest_memory_format(x)
 
 
