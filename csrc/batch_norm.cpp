@@ -189,10 +189,12 @@ struct Slice {
 // One step of a computation: first over the channels [begin, end), then over the slices of every group; either may be
 // empty. A step that follows another in reverse starts in what that one left in cache; within a slice every walk is
 // forward, as the hardware prefetches. Nothing is kept where a step is finished for all groups before the next begins.
+// Then one whose slices are not `wanted`, as its channels have found, leaves them out.
 struct Step {
   std::function<void(int64_t begin, int64_t end)> channels;
   std::function<void(const Slice& slice)> slices;
   bool reverse = false;
+  std::function<bool()> wanted = [] { return true; };
 };
 
 bool any(const std::vector<char>& of_channel, int64_t begin, int64_t end) {
@@ -400,7 +402,7 @@ class Operation {
     }
     for (const Step& step : steps) {
       if (step.channels) parallel_ranges(common_.threads, channels_, slices * kSums, step.channels);
-      if (!step.slices) continue;
+      if (!step.slices || !step.wanted()) continue;
       parallel_ranges(common_.threads, groups * slices, cost, [&](int64_t begin, int64_t end) {
         const std::unique_ptr<Columns> columns = grid_.columns(table_, common_.dtype);
         const auto unit = [&](int64_t turn) { return step.reverse ? begin + end - 1 - turn : turn; };
@@ -552,8 +554,11 @@ class ForwardPass : Operation {
     };
     Step last{each_channel(&Measured::settle), nullptr, true};
     if (call_.y) last.slices = write;
+    const auto any_again = [&] {
+      return std::any_of(measured.begin(), measured.end(), [](const Measured& input) { return input.any_again(); });
+    };
     run({{each_channel(&Measured::start), each_slice(&Measured::measure)},
-         {each_channel(&Measured::restart), each_slice(&Measured::measure_again)},
+         {each_channel(&Measured::restart), each_slice(&Measured::measure_again), false, any_again},
          last});
   }
 
@@ -614,6 +619,8 @@ class ForwardPass : Operation {
         pass_.set(norm_, kPivot, c, shift_[c]);
       }
     }
+
+    bool any_again() const { return any(again_, 0, pass_.channels_); }
 
     void measure_again(const Slice& slice) {
       const Grid& grid = pass_.grid_;

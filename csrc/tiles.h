@@ -103,6 +103,9 @@ VGKERN_INLINE void walk(Pass& pass) {
   using T = typename Pass::Element;
   using R = Opmath<T>;
   constexpr int kStep = kLanes<R>, kWidth = Pass::Width::vectors;
+  // Whether the last vector's block has code of its own, so that the others ask for no lanes: where that is little, and
+  // counts.
+  constexpr bool kApart = kWidth == 4;
   const Tile& tile = pass.tile;
   constexpr int64_t kColumnStrip =
       Pass::kTerms * (kWidth > 1 ? 2 : 1);  // a StretchSum adds one column up in two halves
@@ -119,23 +122,32 @@ VGKERN_INLINE void walk(Pass& pass) {
         at.element = tile.offset + run * tile.stride + channel * tile.channel_stride;
         at.mask_byte = tile.mask_offset + run * tile.mask_stride + channel * tile.mask_channel_stride;
         at.dz = (run * tile.channels + channel) * vectors * kStep;
+        const auto take = [&](auto count, int lanes) VGKERN_LAMBDA {
+          at.lanes = lanes;
+          at.ahead = lookout.element();
+          lookout.advance((count - 1) * kStep + lanes);
+          stretch.template run<count>(at);
+          at.advance(count);
+        };
+        constexpr std::integral_constant<int, kWidth> kBlock;
+        constexpr std::integral_constant<int, 1> kSingle;
         for (int64_t v = 0; v < vectors;) {
           const int64_t end = v + kColumnStrip < vectors ? v + kColumnStrip : vectors;
-          for (; v + kWidth <= end; v += kWidth) {
-            at.lanes = v + kWidth <= whole ? kStep : rest;
-            at.ahead = lookout.element();
-            lookout.advance((kWidth - 1) * kStep + at.lanes);
-            stretch.template run<kWidth>(at);
-            at.advance(kWidth);
-          }
-          if constexpr (kWidth > 1) {
-            for (; v < end; ++v) {
-              at.lanes = v < whole ? kStep : rest;
-              at.ahead = lookout.element();
-              lookout.advance(at.lanes);
-              stretch.template run<1>(at);
-              at.advance(1);
+          if constexpr (kApart) {
+            const int64_t full = end < whole ? end : whole;
+            for (; v + kWidth <= full; v += kWidth) take(kBlock, kStep);
+            if (v + kWidth <= end) {
+              take(kBlock, rest);
+              v += kWidth;
             }
+            for (; v < full; ++v) take(kSingle, kStep);
+            if (v < end) {
+              take(kSingle, rest);
+              ++v;
+            }
+          } else {
+            for (; v + kWidth <= end; v += kWidth) take(kBlock, v + kWidth <= whole ? kStep : rest);
+            for (; kWidth > 1 && v < end; ++v) take(kSingle, v < whole ? kStep : rest);
           }
           stretch.end_strip();
         }
@@ -200,6 +212,7 @@ VGKERN_INLINE void walk(Pass& pass) {
       for (int64_t row = first_row; row < end_row;) {
         const int64_t end = row + kColumnStrip < end_row ? row + kColumnStrip : end_row;
         if (kWidth > 1 && tile.stride == kStep && tile.width == kStep) {  // rows of one vector each, side by side
+          at.lanes = kStep;
           at.ahead = at.element + kNear / static_cast<int64_t>(sizeof(T));
           for (; row + kWidth <= end; row += kWidth) {
             stretch.template run<kWidth>(at);
@@ -804,6 +817,10 @@ struct ForwardPass {
           y[j] = pass.activation.forward(z[j]);
         }
       });
+      // Half precision gets to y's lines before they come; float32 does not.
+      if constexpr (sizeof(T) == 2 && COLUMNS == 1) {
+        if (at.whole()) claim_block<VECTORS>(static_cast<T*>(pass.tile.y), at, pass.tile.outputs);
+      }
       store_block(y, static_cast<T*>(pass.tile.y), at, pass.tile.outputs);
     }
     VGKERN_INLINE void end_strip() {}
