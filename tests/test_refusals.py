@@ -308,3 +308,39 @@ def test_bounds_are_checked_when_they_are_set_later():
 def test_an_unknown_backend():
     with pytest.raises(ValueError, match=r"cpu, triton, reference.*'cuda'"), vgkern.backends.use("cuda"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("activation", "arguments", "match"),
+    [("gelu", [], r"expected 1 \(approximate\) for 'gelu', got \[\]"), ("relu", [1.0], "expected none"),
+     ("rleu", [], "'rleu'")],
+)  # fmt: skip
+def test_an_operator_called_by_itself_with_other_arguments_than_the_activation_has(activation, arguments, match):
+    x, mask = torch.randn(4, 3, 4, 4), torch.empty(0, dtype=torch.uint8)
+    operators = torch.ops.vgkern
+    _, statistics, _ = operators.batch_norm_act_forward(
+        x, None, None, None, None, None, None, True, 1e-5, "relu", [], False
+    )
+    with pytest.raises(ValueError, match=match):
+        operators.batch_norm_act_forward(
+            x, None, None, None, None, None, None, True, 1e-5, activation, arguments, False
+        )
+    with pytest.raises(ValueError, match=match):
+        operators.batch_norm_act_backward(
+            x, x, None, None, statistics, None, None, None, True, 1e-5, activation, arguments, 0.0, math.inf, [True] * 6
+        )
+    with pytest.raises(ValueError, match=match):
+        operators.batch_norm_act_input_gradient(
+            x,
+            x,
+            None,
+            mask,
+            statistics,
+            None,
+            None,
+            None,
+            activation,
+            arguments,
+            torch.zeros(2, 3).double(),
+            torch.ones(()).double(),
+        )

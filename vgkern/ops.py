@@ -59,6 +59,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -240,7 +241,18 @@ def _input_gradient_fake(
     return torch.empty_like(x), torch.empty_like(factor)
 
 
+def _check_arguments(activation: str, arguments: Sequence[float]) -> None:
+    """Of an operator that is called by itself: kernels read as many as the activation has."""
+    if activation not in TABLE:
+        raise ValueError(f"activation: expected one of {', '.join(TABLE)}, got {activation!r}")
+    names = tuple(TABLE[activation].arguments)
+    if len(arguments) != len(names):
+        wanted = f"{len(names)} ({', '.join(names)})" if names else "none"
+        raise ValueError(f"activation_args: expected {wanted} for {activation!r}, got {list(arguments)}")
+
+
 def _forward(x, *args):
+    _check_arguments(*args[8:10])
     if x.numel() == 0:
         y, statistics, mask = _forward_fake(x, *args)
         return y, statistics.zero_(), mask
@@ -250,6 +262,7 @@ def _forward(x, *args):
 
 
 def _backward(dy, *args):
+    _check_arguments(*args[9:11])
     if dy.numel() == 0:
         *gradients, record = _backward_fake(dy, *args)
         if record.numel():
@@ -265,6 +278,7 @@ def _moments(x):
 
 
 def _input_gradient(dy, *args):
+    _check_arguments(*args[7:9])
     if dy.numel() == 0:
         dx, dx_squares = _input_gradient_fake(dy, *args)
         return dx, dx_squares.zero_()
