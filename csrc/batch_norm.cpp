@@ -479,22 +479,23 @@ class Sums {
   }
 
   // Has rows [0, last) of a slice made again by make_again() if they are not good(channel) in some of its channels. In
-  // the others they stay: what one channel holds is not to show in another's last bits.
+  // the others they stay: what one channel holds is not to show in another's last bits. The row `shared`, which is of
+  // all channels, stays if it is good, else it alone is a reason.
   template <class Good, class MakeAgain>
-  void mend(const Slice& slice, int last, Good good, MakeAgain make_again) {
+  void mend(const Slice& slice, int last, Good good, MakeAgain make_again, int shared = -1, bool shared_good = true) {
     const int64_t begin = grid_.first_channel(slice.group), end = grid_.end_channel(slice.group);
     std::vector<double> kept;
     for (int64_t c = begin; c < end; ++c) {
-      if (good(c)) continue;
+      if (good(c) && shared_good) continue;
       for (int row = 0; row < last; ++row) {
-        for (int64_t i = begin; i < end; ++i) kept.push_back(good(i) ? part(slice.index, row, i) : 0.0);
+        for (int64_t i = begin; i < end; ++i) kept.push_back(part(slice.index, row, i));
       }
       std::vector<char> stays;
       for (int64_t i = begin; i < end; ++i) stays.push_back(good(i));
       make_again();
       for (int row = 0; row < last; ++row) {
         for (int64_t i = begin; i < end; ++i) {
-          if (stays[i - begin])
+          if (row == shared ? shared_good : stays[i - begin] != 0)
             parts_[(slice.index * rows_ + row) * stride_ + i] = kept[row * (end - begin) + i - begin];
         }
       }
@@ -864,13 +865,19 @@ class BackwardPass : Operation {
     if (call_.dtype == kFloat64) return;
     if (all_hold(slice.group, slice.index)) return;
     const bool hold = squares_hold(slice.group, slice.index);
+    const bool dy_squares_hold = hold && std::isfinite(dy_squares(slice.group, slice.index));
     sums_.mend(
-        slice, reduced_, [&](int64_t c) { return hold && finite(slice.index, c); }, [&] { run(kernels_.reduce_wide); });
+        slice, reduced_, [&](int64_t c) { return hold && finite(slice.index, c); }, [&] { run(kernels_.reduce_wide); },
+        kDySquares, dy_squares_hold);
+  }
+
+  double dy_squares(int64_t group, int64_t slice) const {
+    return sums_.part(slice, kDySquares, grid_.first_channel(group));
   }
 
   bool finite(int64_t slice, int64_t c) const {
     return std::isfinite(sums_.part(slice, kDzDeviation, c) + sums_.part(slice, kDzSquares, c) +
-                         sums_.part(slice, kDySquares, c) + sums_.part(slice, kActivationDweight, c) +
+                         sums_.part(slice, kActivationDweight, c) +
                          (call_.normalises_residual ? sums_.part(slice, kDzResidualDeviation, c) : 0.0));
   }
 
@@ -884,10 +891,10 @@ class BackwardPass : Operation {
   bool squares_hold(const Input& input, int64_t group, int64_t slice) const {
     Squares<double> squares;
     for (int64_t c = grid_.first_channel(group); c < grid_.end_channel(group); ++c) {
-      if (finite(slice, c)) {
-        squares.add(sums_.part(slice, kDzSquares, c), sums_.part(slice, kDySquares, c), input.scale[c]);
-      }
+      if (finite(slice, c)) squares.add(sums_.part(slice, kDzSquares, c), 0.0, input.scale[c]);
     }
+    const double dy = dy_squares(group, slice);
+    squares.dy = std::isfinite(dy) ? dy : std::numeric_limits<double>::infinity();  // that is asked for elsewhere
     return hold(squares);
   }
 

@@ -48,8 +48,8 @@ enum Sum : int {
   kDz = 0,
   kDzDeviation,  // dz·(x − pivot)
   kDzSquares,
-  kDySquares,
-  kDead,  // elements with φ'(z) = 0; where channels lie across, each vector's count is in its first channel
+  kDySquares,            // of all channels of a tile, in the first one's place
+  kDead,                 // elements with φ'(z) = 0; there too
   kActivationDweight,    // z·dy where not z > 0
   kDzResidualDeviation,  // dz·(residual − its pivot), where the residual is normalised
   kDxSquares,            // made by the pass that writes dx, where it is asked for

@@ -857,15 +857,24 @@ struct ReducePass {
   Tile tile;
   const F activation{tile.activation_args};
   Stages<T, 2> stages{tile, &Tile::dx, &Tile::dresidual};
-  LaneSums<R, 0, F::has_weight ? kDzResidualDeviation : kDead> sums{tile};
+  LaneSums<R, 0, F::has_weight ? kDzResidualDeviation : kDySquares> sums{tile};
   LaneSums<R, kDzResidualDeviation, kDxSquares> residual_sums{tile, tile.normalises_residual};
   int64_t counted = 0;  // by Derivative
+  // Σdy², of all channels: in S over some strips, whichever stretch they are of, for they are all positive.
+  S dy_squares[2] = {S(0), S(0)};
+  Wide<R> dy_total = 0.0;
+  int64_t strips = 0;
 
   // Without it GCC zeroes the whole object, stages and all, with each call.
   VGKERN_INLINE explicit ReducePass(const Tile& tile) : tile(tile) {}
 
   VGKERN_INLINE void start_run(int64_t first) { stages.start(first); }
   VGKERN_INLINE void finish_run(int64_t first) { stages.finish(first); }
+
+  VGKERN_INLINE void widen_dy_squares(S (&squares)[2]) {
+    dy_total += Wide<R>(squares[0] + squares[1]);
+    squares[0] = squares[1] = S(0);
+  }
 
   // Elements of the tile with φ'(z) = 0.
   int64_t dead() const {
@@ -884,7 +893,8 @@ struct ReducePass {
     int64_t channel;
     PreActivation<T, COLUMNS, USUAL, true> z_of;  // what z costs hides the call
     CancellingSum<T, R, S, COLUMNS> dz_sum, dz_deviation, dweight;
-    StretchSum<R, S, COLUMNS> dz_squares, dy_squares;
+    StretchSum<R, S, COLUMNS> dz_squares;
+    S dy_squares[2]{pass.dy_squares[0], pass.dy_squares[1]};  // here, to be in registers
 
     VGKERN_INLINE Stretch(ReducePass& pass, int64_t channel) : pass(pass), channel(channel), z_of(pass.tile, channel) {}
 
@@ -941,7 +951,7 @@ struct ReducePass {
       });
       if (tile.record) {
         pass.counted += d.counted;
-        unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { dy_squares.add_product(j, S(dy[j]), S(dy[j])); });
+        unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { dy_squares[j % 2] = fma(S(dy[j]), S(dy[j]), dy_squares[j % 2]); });
       }
     }
     VGKERN_INLINE void end_strip() {
@@ -949,14 +959,15 @@ struct ReducePass {
       dz_deviation.end_strip();
       if constexpr (F::has_weight) dweight.end_strip();
       dz_squares.end_strip();
-      if (pass.tile.record) dy_squares.end_strip();
+      constexpr int64_t kStrips = 64 / kTerms;
+      if (pass.tile.record && ++pass.strips % kStrips == 0) pass.widen_dy_squares(dy_squares);
     }
     VGKERN_INLINE void finish() {
       pass.sums.add(kDz, channel, dz_sum);
       pass.sums.add(kDzDeviation, channel, dz_deviation);
       pass.sums.add(kDzSquares, channel, dz_squares);
-      if (pass.tile.record) pass.sums.add(kDySquares, channel, dy_squares);
       if constexpr (F::has_weight) pass.sums.add(kActivationDweight, channel, dweight);
+      unroll<2>([&](auto i) VGKERN_LAMBDA { pass.dy_squares[i] = dy_squares[i]; });
     }
   };
 };
@@ -967,7 +978,11 @@ VGKERN_NOINLINE void reduce_as(const Tile& tile) {
   walk(pass);
   pass.sums.finish();
   pass.residual_sums.finish();
-  if (tile.record) tile.sums[kDead * tile.padded_channels] += static_cast<double>(pass.dead());
+  if (tile.record) {
+    pass.widen_dy_squares(pass.dy_squares);
+    tile.sums[kDySquares * tile.padded_channels] += sum(pass.dy_total);
+    tile.sums[kDead * tile.padded_channels] += static_cast<double>(pass.dead());
+  }
 }
 
 template <class T, class F, class S>
