@@ -468,6 +468,18 @@ def test_squares_neither_vanish_nor_overflow(isa, scale, times, rows):
 
 
 @WALKS
+def test_a_dy_whose_square_overflows_where_nothing_passes_changes_the_record_alone(isa, times, rows):
+    arguments, dy = _arguments((4 * times, 20, 5, 6), torch.float32, rows=rows)
+    clean = _forward_and_backward(arguments, dy)
+    off = tuple((clean["dresidual"] == 0).nonzero()[5].tolist())
+    dy[off] = 1e25
+    results = _forward_and_backward(arguments, dy)
+    assert _record(results)["grad_output_sq"] == pytest.approx(1e50, rel=1e-6)
+    for name in ("dx", "dresidual", "dweight", "dbias"):
+        assert _bits(results)[name] == _bits(clean)[name]
+
+
+@WALKS
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_bad_value_stays_in_its_channel(isa, times, rows, bad):
     arguments, dy = _arguments((4 * times, 20, 5, 6), torch.float32, rows=rows)
