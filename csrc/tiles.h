@@ -238,32 +238,24 @@ VGKERN_INLINE void walk(Pass& pass) {
 // ---- What stretches are made of ------------------------------------------------------------------------------------
 
 // PAIRS: vectors side by side at once, where there is a way: faster, but for many sums over stretches that begin
-// anywhere.
+// anywhere, as those do that end within a vector.
 template <bool PAIRS, int VECTORS, class T, class R, int COLUMNS>
 VGKERN_INLINE void load_block(Vec<R> (&v)[VECTORS], const T* base, const Block<R, COLUMNS>& at, R fill) {
   constexpr int kLast = VECTORS - 1;
   unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
     if constexpr (j * kLanes<R> * sizeof(T) % 64 == 0) __builtin_prefetch(base + at.ahead + j * kLanes<R>);
   });
-  const auto load_pairs = [&](auto count) VGKERN_LAMBDA {
-    unroll<count>([&](auto j) VGKERN_LAMBDA {
-      const T* p = base + at.element_of(2 * j);
-      if constexpr (PAIRS) {
-        load_pair(p, v[2 * j], v[2 * j + 1]);
-      } else {
-        v[2 * j] = load(p);
-        v[2 * j + 1] = load(p + kLanes<R>);
-      }
-    });
-  };
-  if (COLUMNS == 2 || at.whole()) {
-    load_pairs(std::integral_constant<int, VECTORS / 2>{});
-    if constexpr (VECTORS == 1) v[0] = load(base + at.element_of(0));
-    return;
+  const bool whole = COLUMNS == 2 || at.whole();
+  if constexpr (PAIRS && VECTORS > 1) {
+    if (whole) {
+      unroll<VECTORS / 2>([&](auto j)
+                              VGKERN_LAMBDA { load_pair(base + at.element_of(2 * j), v[2 * j], v[2 * j + 1]); });
+      return;
+    }
   }
-  load_pairs(std::integral_constant<int, (VECTORS - 1) / 2>{});
-  if constexpr (VECTORS > 1) v[kLast - 1] = load(base + at.element_of(kLast - 1));
-  v[kLast] = load(base + at.element_of(kLast), at.lanes, fill);
+  unroll<kLast>([&](auto j) VGKERN_LAMBDA { v[j] = load(base + at.element_of(j)); });
+  const T* p = base + at.element_of(kLast);
+  v[kLast] = whole ? load(p) : load(p, at.lanes, fill);
 }
 
 // Asks for the lines of an output that the walk comes to later: a store to a line that is not there holds up those that
