@@ -44,6 +44,10 @@ constexpr int64_t kSmallPlaneBytes = 256, kSmallPlanesBatch = 16;
 constexpr int64_t kGroups = 16;
 // Across channels: channels of a group, so many that the next row's are not far.
 constexpr int64_t kGroupChannels = 1024;
+// Across channels: rows of up to so many, if half of their last vector is empty, are taken in pairs: as one row, in
+// which each channel has two columns. In longer ones that vector is little beside the rest, and twice the sums cost
+// more.
+constexpr int64_t kMaxPairedChannels = 96;
 // Of a channel in a slice of rows, at least: its sums take 48 bytes, which are written, looked at and added up.
 constexpr int64_t kSliceColumnBytes = 512;
 // What a group's tensors may take for those that are read twice to lie in the L2 cache when the second pass begins.
@@ -65,8 +69,10 @@ class Grid {
     if (shape.rows) {
       height_ = shape.batch * shape.spatial;
       group_ = std::min(shape.channels, kGroupChannels);
+      if (shape.channels % 16 == 8 && shape.channels <= kMaxPairedChannels && height_ % 2 == 0) together_ = 2;
       extent_ =
           std::max({ceil_div(slice_bytes / size, group_), kSliceColumnBytes / size, ceil_div(height_, kMaxSlices)});
+      extent_ = round_up(extent_, together_);
       slices_ = ceil_div(height_, extent_);
       fits_cache_ = height_ * group_ * size * tensors <= kGroupBytes;
     } else {
@@ -91,9 +97,11 @@ class Grid {
   int64_t slice_elements() const { return ceil_div(shape_.batch * shape_.spatial * group_, slices_); }
   int64_t first_channel(int64_t group) const { return group * group_; }
   int64_t end_channel(int64_t group) const { return std::min(shape_.channels, (group + 1) * group_); }
+  // How many columns a channel has: beside those of the first row in a tile's lie those of the next.
+  int64_t columns_of_channel() const { return together_; }
   // The end of the sums that a tile of the group adds to: across, it adds whole vectors.
   int64_t padded_end(int64_t group) const {
-    return shape_.rows ? round_up(end_channel(group), kChannelPadding) : end_channel(group);
+    return shape_.rows ? round_up(together_ * end_channel(group), kChannelPadding) : end_channel(group);
   }
 
   // Whether each thread should take whole groups, one after the other: a group's second pass then finds it in cache.
@@ -112,7 +120,7 @@ class Grid {
   // Whether every whole vector of every tile starts at a multiple of its size, if the tensor does.
   bool aligned(DataType dtype) const {
     const int64_t lanes = dtype == kFloat64 ? 8 : 16;
-    return (shape_.rows ? shape_.channels : shape_.spatial) % lanes == 0;
+    return (shape_.rows ? together_ * shape_.channels : shape_.spatial) % lanes == 0;
   }
 
   // Whether a run of planes fits a stage.
@@ -158,14 +166,15 @@ class Grid {
       return tile;
     }
     const int64_t begin = slice * extent_, end = std::min(height_, begin + extent_);
-    tile.runs = end - begin;
+    const int64_t mask_bytes = ceil_div(shape_.channels, 8);
+    tile.runs = (end - begin) / together_;
     tile.channels = 1;
-    tile.width = channels;
-    tile.stride = shape_.channels;
+    tile.width = together_ * channels;
+    tile.stride = together_ * shape_.channels;
     tile.channel_stride = 0;
-    tile.mask_stride = ceil_div(shape_.channels, 8);
+    tile.mask_stride = together_ * mask_bytes;
     tile.mask_channel_stride = 0;
-    tile.mask_offset = begin * tile.mask_stride + channel / 8;
+    tile.mask_offset = begin * mask_bytes + channel / 8;
     return tile;
   }
 
@@ -173,7 +182,8 @@ class Grid {
   Shape shape_;
   int64_t height_;  // planes of a channel, or rows
   int64_t group_, groups_, slices_;
-  int64_t extent_;  // planes or rows of a slice
+  int64_t extent_;        // planes or rows of a slice
+  int64_t together_ = 1;  // rows that are taken as one: their masks lie side by side as they do
   int64_t part_ = 0, parts_ = 1;
   bool fits_cache_;
 };
@@ -240,7 +250,7 @@ class Operation {
         grid_(call.shape, call.dtype, tensors),
         channels_(call.shape.channels),
         count_(static_cast<double>(call.shape.batch * call.shape.spatial)),
-        channel_stride_(round_up(channels_, kChannelPadding)),
+        channel_stride_(round_up(grid_.columns_of_channel() * channels_, kChannelPadding)),
         parameters_(allocate(call.normalises_residual ? 2 * kParameters : kParameters)),
         x_norm_{0, call.norm.eps, read(call.norm.weight, channels_, 1.0), read(call.norm.bias, channels_, 0.0)} {
     if (call.normalises_residual) {
@@ -281,13 +291,16 @@ class Operation {
   }
 
   void set(const Norm& norm, Parameter which, int64_t channel, double value) {
-    const int64_t i = (norm.first_parameter + which) * channel_stride_ + channel;
-    if (common_.dtype == kFloat64) {
-      parameters_[i] = value;
-    } else {
-      // Of NaNs the one without a payload: to_bfloat16 relies on it.
-      constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-      reinterpret_cast<float*>(parameters_.get())[i] = std::isnan(value) ? kNan : static_cast<float>(value);
+    const int64_t first = (norm.first_parameter + which) * channel_stride_ + channel;
+    for (int64_t column = 0; column < grid_.columns_of_channel(); ++column) {
+      const int64_t i = first + column * channels_;
+      if (common_.dtype == kFloat64) {
+        parameters_[i] = value;
+      } else {
+        // Of NaNs the one without a payload: to_bfloat16 relies on it.
+        constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+        reinterpret_cast<float*>(parameters_.get())[i] = std::isnan(value) ? kNan : static_cast<float>(value);
+      }
     }
   }
 
@@ -367,6 +380,17 @@ class Operation {
                 int sums) const {
     tile = placed(tile, slice, norm);
     across ? slice.columns->run(function, tile, parameters, sums) : function(tile);
+    add_up_columns(tile.sums, 0, sums);
+  }
+
+  // Of rows [first, last) of a tile's sums, those of each channel's columns.
+  void add_up_columns(double* sums, int64_t first, int64_t last) const {
+    for (int64_t column = 1; column < grid_.columns_of_channel(); ++column) {
+      for (int64_t row = first; row < last; ++row) {
+        double* total = sums + row * channel_stride_;
+        for (int64_t c = 0; c < channels_; ++c) total[c] += total[column * channels_ + c];
+      }
+    }
   }
 
   Tile placed(Tile tile, const Slice& slice, const Norm& norm) const {
@@ -969,6 +993,7 @@ class BackwardPass : Operation {
       tile.dy = call_.dresidual;
     }
     run_tile(kernels->apply[call_.dtype], tile, slice);
+    if (any_cancels) add_up_columns(tile.sums, kDxSquares, kSums);
   }
 
   // dγ, dβ, what dx takes from them, and ‖dx‖² in closed form.

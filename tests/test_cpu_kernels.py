@@ -29,9 +29,11 @@ _C = pytest.importorskip("vgkern._C", reason="not run: the package was built wit
 DTYPES = tuple(cpu._DTYPE)
 MODES = ("batch", "running", "none")
 
-# Small planes are summed across a batch of sixteen or more.
+# Small planes are summed across a batch of sixteen or more; rows of 24 channels are taken two at a time.
 WALKS = pytest.mark.parametrize(
-    ("times", "rows"), [(1, False), (1, True), (8, False)], ids=["planes", "rows", "small planes"]
+    ("times", "rows", "channels"),
+    [(1, False, 20), (1, True, 20), (8, False, 20), (1, True, 24)],
+    ids=["planes", "rows", "small planes", "paired rows"],
 )
 
 
@@ -100,7 +102,7 @@ def _record(results) -> dict[str, float]:
 # ---- Determinism ---------------------------------------------------------------------------------------------------
 
 # Few channels of many elements, more channels than threads, planes larger than a slice, small ones across the batch, in
-# one slice and in several, and rows: wide, and narrow.
+# one slice and in several, and rows: wide, narrow, and in pairs.
 THREADED = [
     ((8, 3, 70, 71), False),
     ((4, 40, 33, 31), False),
@@ -110,6 +112,7 @@ THREADED = [
     ((8, 20, 60, 61), True),
     ((6, 300, 13, 14), True),
     ((150, 700), True),
+    ((16, 24, 41, 40), True),
 ]
 
 
@@ -164,6 +167,16 @@ def test_rows_of_many_channels(isa, dtype):
     """Columns of vectors in pairs, and one that is left over and has a tail; several bands of rows."""
     for activation, training in itertools.product(("relu", "prelu", "gelu"), (True, False)):
         Case(activation, dtype, "channels_last", training, shape=(5, 71, 9, 3)).assert_passes("cpu")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_rows_in_pairs(isa, dtype):
+    """A pair is one vector, three, or eleven; an odd number of rows and long ones are taken one by one."""
+    shapes = [(32, 8, 9, 30), (16, 24, 30, 30), (6, 88, 9, 30), (5, 24, 9, 3), (2, 200, 5, 3)]
+    for activation, shape in itertools.product(("relu", "prelu", "gelu"), shapes):
+        Case(activation, dtype, "channels_last", True, shape=shape).assert_passes("cpu")
+    Case("relu", dtype, "channels_last", False, shape=shapes[1]).assert_passes("cpu")
+    Case("relu", dtype, "channels_last", shape=shapes[1], layer="double_batch_norm_act").assert_passes("cpu")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
@@ -273,7 +286,8 @@ def no_cache() -> Iterator[None]:
 
 
 # Planes of whole cache lines; small ones that do not begin at one, in groups that the last does not fill; some that
-# fill a stage, and one that does not fit; small ones across the batch, of whole lines, and not; rows, the same.
+# fill a stage, and one that does not fit; small ones across the batch, of whole lines, and not; rows, the same, and
+# some of whole lines in pairs alone.
 PAST_CACHES = [
     ((3, 4, 8, 8), False),
     ((3, 37, 7, 7), False),
@@ -284,6 +298,7 @@ PAST_CACHES = [
     ((17, 37, 3, 5), False),
     ((4, 32, 3, 3), True),
     ((4, 13, 3, 3), True),
+    ((4, 24, 3, 3), True),
 ]
 
 
@@ -379,9 +394,10 @@ def test_nothing_is_read_or_written_beyond_a_tensor(isa, dtype, past_caches, at_
 
 @WALKS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_constant_channel_gives_the_bias_to_the_bit(isa, dtype, times, rows):
+def test_a_constant_channel_gives_the_bias_to_the_bit(isa, dtype, times, rows, channels):
     constants = [0.0, -0.0, 1e-3, 1.0, 1e4] + [1e8, 3e38] * (dtype != torch.float16)
-    arguments, dy = _arguments((3 * times, len(constants), 5, 5), dtype, activation="identity", rows=rows)
+    constants = list(itertools.islice(itertools.cycle(constants), channels))
+    arguments, dy = _arguments((4 * times, channels, 5, 5), dtype, activation="identity", rows=rows)
     x, residual, _, bias = arguments[:4]
     x.copy_(torch.tensor(constants, dtype=dtype).view(1, -1, 1, 1).expand_as(x))
     results = _forward_and_backward(arguments, dy)
@@ -406,12 +422,12 @@ def test_statistics_of_large_means_and_outliers(isa, mean, outlier, shape, rows)
     torch.testing.assert_close(rstd, (exact.var(1, correction=0) + 1e-5).rsqrt(), rtol=3e-7, atol=0)
 
 
-@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize(("channels", "rows"), [(6, False), (6, True), (24, True)])
 @pytest.mark.parametrize("noise", [1.0, 1e-1, 1e-2, 1e-4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_recorded_norm_is_that_of_the_dx_that_was_written(dtype, noise, rows):
+def test_recorded_norm_is_that_of_the_dx_that_was_written(dtype, noise, channels, rows):
     """dz nearly in the span of 1 and x̂: what is left of it after both are taken out is a small difference."""
-    arguments, dy = _arguments((8, 6, 12, 11), dtype, activation="identity", rows=rows)
+    arguments, dy = _arguments((8, channels, 12, 11), dtype, activation="identity", rows=rows)
     dy = (dy * noise + 3 * arguments[0] + 2).contiguous(
         memory_format=torch.channels_last if rows else torch.contiguous_format
     )
@@ -424,8 +440,8 @@ def test_recorded_norm_is_that_of_the_dx_that_was_written(dtype, noise, rows):
 @pytest.mark.parametrize("mode", MODES)
 @WALKS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_norm_bounds_scale_dx_and_nothing_else(dtype, times, rows, mode):
-    arguments, dy = _arguments((4 * times, 18, 5, 6), dtype, mode=mode, rows=rows)
+def test_norm_bounds_scale_dx_and_nothing_else(dtype, times, rows, channels, mode):
+    arguments, dy = _arguments((4 * times, channels, 5, 6), dtype, mode=mode, rows=rows)
     free = _forward_and_backward(arguments, dy)
     norm = free["dx"].double().norm().item()
     for low, high in ((0.0, norm / 3), (norm * 3, math.inf), (norm / 2, norm * 2)):
@@ -444,8 +460,8 @@ def test_norm_bounds_scale_dx_and_nothing_else(dtype, times, rows, mode):
 
 @WALKS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_record_counts_dead_and_nonfinite_elements(isa, dtype, times, rows):
-    arguments, dy = _arguments((3 * times, 19, 5, 3), dtype, mode="none", rows=rows)
+def test_record_counts_dead_and_nonfinite_elements(isa, dtype, times, rows, channels):
+    arguments, dy = _arguments((4 * times, channels, 5, 3), dtype, mode="none", rows=rows)
     x, residual = arguments[:2]
     dy[0, 0, 0, 0], dy[1, 5, 2, 1], dy[2, 18, 4, 2] = math.inf, -math.inf, math.nan
     dy[1, 6, 0, 0] = torch.finfo(dtype).max  # finite, if only just
@@ -458,9 +474,9 @@ def test_record_counts_dead_and_nonfinite_elements(isa, dtype, times, rows):
 
 @WALKS
 @pytest.mark.parametrize("scale", [1e-30, 1e-25, 1e25])
-def test_squares_neither_vanish_nor_overflow(isa, scale, times, rows):
+def test_squares_neither_vanish_nor_overflow(isa, scale, times, rows, channels):
     for mode in MODES:
-        arguments, dy = _arguments((4 * times, 5, 5, 6), torch.float32, mode=mode, rows=rows)
+        arguments, dy = _arguments((4 * times, channels, 5, 6), torch.float32, mode=mode, rows=rows)
         plain, scaled = (_record(_forward_and_backward(arguments, dy * factor)) for factor in (1.0, scale))
         for name in ("grad_output_sq", "grad_preact_sq", "grad_input_sq", "grad_weight_sq", "grad_bias_sq"):
             assert scaled[name] == pytest.approx(plain[name] * scale**2, rel=1e-5, abs=0)
@@ -468,8 +484,8 @@ def test_squares_neither_vanish_nor_overflow(isa, scale, times, rows):
 
 
 @WALKS
-def test_a_dy_whose_square_overflows_where_nothing_passes_changes_the_record_alone(isa, times, rows):
-    arguments, dy = _arguments((4 * times, 20, 5, 6), torch.float32, rows=rows)
+def test_a_dy_whose_square_overflows_where_nothing_passes_changes_the_record_alone(isa, times, rows, channels):
+    arguments, dy = _arguments((4 * times, channels, 5, 6), torch.float32, rows=rows)
     clean = _forward_and_backward(arguments, dy)
     off = tuple((clean["dresidual"] == 0).nonzero()[5].tolist())
     dy[off] = 1e25
@@ -481,12 +497,12 @@ def test_a_dy_whose_square_overflows_where_nothing_passes_changes_the_record_alo
 
 @WALKS
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_bad_value_stays_in_its_channel(isa, times, rows, bad):
-    arguments, dy = _arguments((4 * times, 20, 5, 6), torch.float32, rows=rows)
+def test_a_bad_value_stays_in_its_channel(isa, times, rows, channels, bad):
+    arguments, dy = _arguments((4 * times, channels, 5, 6), torch.float32, rows=rows)
     clean = _forward_and_backward(arguments, dy)
     arguments[0][1, 3, 2, 5] = bad
     spoilt = _forward_and_backward(arguments, dy)
-    others = [c for c in range(20) if c != 3]
+    others = [c for c in range(channels) if c != 3]
     for name in ("y", "dx", "dresidual"):
         assert torch.equal(spoilt[name][:, others], clean[name][:, others])
     for name in ("dweight", "dbias"):
