@@ -811,9 +811,9 @@ struct ForwardPass {
           y[j] = pass.activation.forward(z[j]);
         }
       });
-      // Half precision gets to y's lines before they come; float32 does not.
-      if constexpr (sizeof(T) == 2 && COLUMNS == 1) {
-        if (at.whole()) claim_block<VECTORS>(static_cast<T*>(pass.tile.y), at, pass.tile.outputs);
+      // Over planes the stores would wait for y's lines; down columns they do not.
+      if (COLUMNS == 1 && !pass.tile.across) {
+        claim_block<VECTORS>(static_cast<T*>(pass.tile.y), at, pass.tile.outputs);
       }
       store_block(y, static_cast<T*>(pass.tile.y), at, pass.tile.outputs);
     }

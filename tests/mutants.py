@@ -430,6 +430,8 @@ FAULTS = [
           "const bool hold = true;", "tests/test_cpu_kernels.py|vanish"),
     Fault("an outlier as the origin", CPU, "constexpr double kFarOutlier = 15.0 / 16.0;",
           "constexpr double kFarOutlier = 2.0;", "tests/test_cpu_kernels.py|outliers"),
+    Fault("an infinite mean refined, reference", "vgkern/backends/reference.py",
+          "torch.where(mean.isfinite(), rest, 0.0)", "rest", "tests/test_values.py|reference and infinite"),
     Fault("sums without the second row of a pair", CPU, "    add_up_columns(tile.sums, 0, sums);\n", "", CPU_KERNELS),
     Fault("‖dx‖ without the second row of a pair", CPU,
           "    if (any_cancels) add_up_columns(tile.sums, kDxSquares, kSums);\n", "", CPU_KERNELS),

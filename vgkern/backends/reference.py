@@ -51,8 +51,9 @@ def _mean_and_squares(x: Tensor) -> tuple[Tensor, Tensor]:
     """Each channel's mean and Σ(x − mean)²."""
     count = x.numel() // x.shape[1]
     mean = _sum(x) / count
-    # One step of refinement: the rounded sum of 2²⁰ equal values is not that value times 2²⁰.
-    mean = mean + _sum(x - _expand(mean, x)) / count
+    # One step of refinement: the rounded sum of 2²⁰ equal values is not that value times 2²⁰. An infinite mean stays.
+    rest = _sum(x - _expand(mean, x)) / count
+    mean = mean + torch.where(mean.isfinite(), rest, 0.0)
     return mean, _sum((x - _expand(mean, x)).square())
 
 
