@@ -40,7 +40,8 @@ constexpr int64_t kStretchBytes = 16384;
 // are larger: in a walk down samples that are a multiple of 4 KB apart, as most numbers of channels have it, all lines
 // compete for a few places of the L1 cache.)
 constexpr int64_t kSmallPlaneBytes = 256, kSmallPlanesBatch = 16;
-// Planes: groups of channels that are left, for as many threads, when channels are taken together.
+// Planes: groups of channels that are left, for as many threads, when channels are taken together; one where no thread
+// is waked for the tensor.
 constexpr int64_t kGroups = 16;
 // Across channels: channels of a group, so many that the next row's are not far.
 constexpr int64_t kGroupChannels = 1024;
@@ -80,7 +81,8 @@ class Grid {
       const int64_t plane_bytes = shape.spatial * size;
       const int64_t together =
           std::min(kStretchBytes / plane_bytes, kGroupBytes / (shape.batch * plane_bytes * tensors));
-      group_ = std::clamp<int64_t>(std::min(together, shape.channels / kGroups), 1, kTileChannels);
+      const int64_t groups = shape.batch * shape.channels * shape.spatial < kParallelCost ? 1 : kGroups;
+      group_ = std::clamp<int64_t>(std::min(together, shape.channels / groups), 1, kTileChannels);
       const int64_t elements =
           std::max(slice_bytes / size / group_, ceil_div(shape.batch * shape.spatial, kMaxSlices));  // of a channel
       part_ = round_up(ceil_div(shape.spatial, ceil_div(shape.spatial, elements)), kChannelPadding);

@@ -11,6 +11,7 @@
 
 #include "batch_norm.h"
 #include "dispatch.h"
+#include "memory_pool.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -212,11 +213,18 @@ void input_gradient(Arguments given) {
   batch_norm_act_backward(kernels(), call);
 }
 
-// The shape of the mask of x, as vgkern.ops.mask_geometry has it.
-py::object mask_shape(Arguments given) {
+// The tensors of vgkern.ops that a call makes, uninitialised: the mask of x, its statistics, an output like x.
+py::object new_mask(Arguments given) {
   const Shape x = shape_of(view_of(given[0]));
   const int64_t inner = x.rows ? x.channels : x.spatial;
-  return py::make_tuple(x.batch * x.channels * x.spatial / inner, (inner + 7) / 8);
+  return new_tensor(x.batch * x.channels * x.spatial / inner, (inner + 7) / 8, kUInt8Type);
+}
+
+py::object new_statistics(Arguments given) { return new_tensor(3, shape_of(view_of(given[0])).channels, kFloat64Type); }
+
+// Whoever turns the pool off wants PyTorch's own tensors.
+py::object new_output(Arguments given) {
+  return memory_statistics().limit == 0 ? torch_like(given[0]) : new_like(given[0]);
 }
 
 // running ← (1 − momentum)·running + momentum·batch for the mean and the unbiased variance, (C,), from statistics of
@@ -343,7 +351,9 @@ void add_direct_functions(py::module_& module) {
       row<forward, kGiven + 5>("batch_norm_act_forward"),
       row<backward, kGiven + 11>("batch_norm_act_backward"),
       row<input_gradient, kGiven + 7>("batch_norm_act_input_gradient"),
-      row<mask_shape, 1>("mask_shape"),
+      row<new_mask, 1>("new_mask"),
+      row<new_statistics, 1>("new_statistics"),
+      row<new_output, 1>("new_output"),
       row<update_running_statistics, 5>("update_running_statistics"),
       row<are_ordinary, 1>("are_ordinary"),
       row<examine, 2>("examine"),

@@ -40,11 +40,21 @@ struct DLPackVersion {
   uint32_t major, minor;
 };
 
+struct DLManagedTensorVersioned {
+  DLPackVersion version;
+  void* manager_ctx;
+  void (*deleter)(DLManagedTensorVersioned* self);
+  uint64_t flags;
+  DLTensor dl_tensor;
+};
+
 // What a type of tensors gives in its attribute __dlpack_c_exchange_api__, a capsule "dlpack_exchange_api".
 struct DLPackExchangeAPI {
   DLPackVersion version;
   DLPackExchangeAPI* prev_api;
-  void* not_used_here[3];
+  void* not_used_here[2];
+  // Makes a Python object of that type, which owns the tensor from then on. 0, or -1 with a Python exception set.
+  int (*managed_tensor_to_py_object_no_sync)(DLManagedTensorVersioned* tensor, void** out);
   // Describes a Python object of that type without owning it. 0, or -1 with a Python exception set. May be null.
   int (*dltensor_from_py_object_no_sync)(void* py_object, DLTensor* out);
   void* current_work_stream;

@@ -3,7 +3,10 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <functional>
+#include <memory>
+#include <new>
 #include <numeric>
 #include <utility>
 
@@ -19,6 +22,7 @@ PyTypeObject* tensor_type = nullptr;
 PyTypeObject* parameter_type = nullptr;
 PyObject* grad = nullptr;  // the descriptor Tensor.grad: asking it saves the look-up by name, a third of the time
 int (*describe)(void*, DLTensor*) = nullptr;
+int (*make_object)(DLManagedTensorVersioned*, void**) = nullptr;
 
 // Whether the axes are a stretch of memory in some order; they are sorted.
 bool is_dense(std::vector<std::pair<int64_t, int64_t>>& strides_and_sizes) {
@@ -85,6 +89,41 @@ bool read(PyObject* tensor, Arrays& arrays) {
   return data != nullptr || arrays.list.back().count == 0;
 }
 
+// A tensor on the C library's heap, with its elements behind it: what DLPack hands over.
+struct alignas(64) HeapTensor {
+  static constexpr int kMaxRank = 5;
+
+  // Null where there is no memory. The elements follow each other without gaps, in the order that the strides give.
+  static HeapTensor* make(int64_t rank, const int64_t* sizes, const int64_t* strides, DLDataType dtype) {
+    int64_t bytes = dtype.bits / 8;
+    for (int64_t i = 0; i < rank; ++i) bytes *= sizes[i];
+    constexpr int64_t kLine = alignof(HeapTensor);
+    void* memory = std::aligned_alloc(kLine, sizeof(HeapTensor) + (bytes + kLine - 1) / kLine * kLine);
+    if (memory == nullptr) return nullptr;
+    auto* tensor = new (memory) HeapTensor{};
+    std::copy_n(sizes, rank, tensor->sizes);
+    std::copy_n(strides, rank, tensor->strides);
+    tensor->managed.version = {1, 0};
+    tensor->managed.deleter = [](DLManagedTensorVersioned* self) { std::free(self); };
+    tensor->managed.dl_tensor = {
+        tensor + 1, {kDLCPU, 0}, static_cast<int32_t>(rank), dtype, tensor->sizes, tensor->strides, 0};
+    return tensor;
+  }
+
+  DLManagedTensorVersioned managed;  // first: the deleter has its address
+  int64_t sizes[kMaxRank], strides[kMaxRank];
+};
+
+py::object as_object(HeapTensor* tensor) {
+  if (tensor == nullptr) throw std::bad_alloc();
+  void* object = nullptr;
+  if (make_object(&tensor->managed, &object) != 0) {
+    std::free(tensor);
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+}
+
 // For torch without the table of functions.
 View view_by_attributes(py::handle tensor) {
   View view{};
@@ -146,13 +185,37 @@ void use_tensor_types(py::type tensor, py::type parameter) {
   parameter_type = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
   grad = py::object(tensor.attr("grad")).release().ptr();
   describe = nullptr;
+  make_object = nullptr;
   const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
   constexpr auto kName = "dlpack_exchange_api";
   if (!PyCapsule_IsValid(capsule.ptr(), kName)) return;
   auto* api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), kName));
   while (api != nullptr && api->version.major != 1) api = api->prev_api;
-  if (api != nullptr) describe = api->dltensor_from_py_object_no_sync;
+  if (api == nullptr) return;
+  describe = api->dltensor_from_py_object_no_sync;
+  make_object = api->managed_tensor_to_py_object_no_sync;
 }
+
+py::object new_tensor(int64_t rows, int64_t columns, DLDataType dtype) {
+  if (make_object == nullptr) {
+    const auto torch = py::module_::import("torch");
+    const auto type = torch.attr(dtype == kUInt8Type ? "uint8" : "float64");
+    return torch.attr("empty")(rows, columns, py::arg("dtype") = type, py::arg("device") = "cpu");
+  }
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  return as_object(HeapTensor::make(2, sizes, strides, dtype));
+}
+
+py::object new_like(PyObject* tensor) {
+  if (make_object != nullptr) {
+    const View view = view_of(tensor);
+    if (view.ndim <= HeapTensor::kMaxRank)
+      return as_object(HeapTensor::make(view.ndim, view.shape, view.strides, view.dtype));
+  }
+  return torch_like(tensor);
+}
+
+py::object torch_like(PyObject* tensor) { return py::module_::import("torch").attr("empty_like")(py::handle(tensor)); }
 
 py::object plain_gradients(py::sequence parameters) {
   static PyObject* const name = PyUnicode_InternFromString("grad");

@@ -354,6 +354,18 @@ class _Guarded:
         flat = torch.frombuffer(memory, dtype=t.dtype, offset=offset, count=t.numel())
         return flat.as_strided(t.shape, t.stride())
 
+    def holds(self, t: torch.Tensor) -> bool:
+        starts = (ctypes.addressof(ctypes.c_char.from_buffer(memory)) for memory in self.maps)
+        return any(start <= t.data_ptr() < start + len(memory) for start, memory in zip(starts, self.maps, strict=True))
+
+
+@pytest.fixture
+def tensors_made_by_torch() -> Iterator[None]:
+    """Outputs, statistics and masks are made as without torch's table of functions: by torch.empty and empty_like."""
+    _C.use_tensor_types(type("Tensor", (), {"grad": None}), torch.nn.Parameter)
+    yield
+    _C.use_tensor_types(torch.Tensor, torch.nn.Parameter)
+
 
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "begin"])
 @pytest.mark.parametrize("past_caches", [False, True], ids=["", "past the caches"])
@@ -372,8 +384,9 @@ def test_nothing_is_read_or_written_beyond_a_tensor(isa, dtype, past_caches, at_
         t = empty(*size, **options)
         return guarded.like(t, at_end=at_end) if t.numel() else t
 
-    monkeypatch.setattr(cpu.torch, "empty", guarded_empty)
-    monkeypatch.setattr(cpu.torch, "empty_like", lambda t: guarded.like(t, at_end=at_end))
+    monkeypatch.setattr(torch, "empty", guarded_empty)
+    monkeypatch.setattr(torch, "empty_like", lambda t: guarded.like(t, at_end=at_end))
+    request.getfixturevalue("tensors_made_by_torch")
     walks = (2, False), (2, True), (16, False)
     cases = itertools.product(("relu", "silu", "prelu"), MODES, walks, (1, 2, 7, 8, 9, 15, 16, 17, 31, 33))
     for activation, mode, (batch, rows), width in cases:
@@ -382,6 +395,7 @@ def test_nothing_is_read_or_written_beyond_a_tensor(isa, dtype, past_caches, at_
         guarded.maps.clear()
         guarded_arguments = tuple(copy(argument) for argument in arguments)
         results = _forward_and_backward(guarded_arguments, copy(dy))
+        assert all(guarded.holds(t) for t in results.values() if t.numel())
         assert not any(t.isnan().any() for name, t in results.items() if name not in ("statistics", "mask"))
         with monkeypatch.context() as plain:
             plain.undo()

@@ -287,6 +287,63 @@ def test_it_outlives_the_pool_being_emptied_and_turned_off():
     assert _in_use_and_idle() == (0, 0)
 
 
+@pytest.fixture(params=["torch's table of functions", "none, as in torch 2.9"])
+def table(request):
+    if request.param.startswith("none"):
+        _C.use_tensor_types(type("Tensor", (), {"grad": None}), torch.nn.Parameter)
+    yield request.param
+    _C.use_tensor_types(torch.Tensor, torch.nn.Parameter)
+
+
+def test_small_outputs_are_like_their_input(table):
+    like = [torch.empty(shape).contiguous(memory_format=layout)[:2] for shape, layout in FORMATS.values()]
+    like += [torch.empty(3, 5, 7).permute(2, 0, 1), torch.empty(1, 2, 3, 1, 2, 2), torch.tensor(1.0), torch.empty(0, 3)]
+    for x in like:
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            y, expected = _C.new_output(x.to(dtype)), torch.empty_like(x.to(dtype))
+            assert (y.shape, y.stride(), y.dtype) == (expected.shape, expected.stride(), dtype)
+            assert type(y) is torch.Tensor
+            assert y.data_ptr() % 64 == 0
+            assert (y.fill_(2.0) == 2).all()
+    x = torch.empty(2, 24, 3, 3)
+    assert (_C.new_statistics(x).shape, _C.new_statistics(x).dtype) == ((3, 24), torch.float64)
+    for layout, shape in ((torch.contiguous_format, (48, 2)), (torch.channels_last, (18, 3))):
+        mask = _C.new_mask(x.contiguous(memory_format=layout))
+        assert (mask.shape, mask.dtype) == (shape, torch.uint8)
+
+
+def test_small_outputs_live_as_long_as_something_needs_them():
+    x = torch.empty(4, 1000)
+    y = _C.new_output(x).fill_(7.0)
+    view, array = y[1:, ::2], y.numpy()
+    del y
+    others = [_C.new_output(x).fill_(float(i)) for i in range(100)]
+    assert (view == 7).all()
+    assert (array == 7).all()
+    assert all((other == i).all() for i, other in enumerate(others))
+
+
+def test_small_outputs_leave_no_memory_behind():
+    x = torch.empty(200_000)
+    peak = 0
+    for turn in range(2000):  # 1.6 GB
+        _C.new_output(x).fill_(1.0)
+        if turn == 100:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100_000  # KiB
+
+
+def test_without_the_pool_small_outputs_can_be_resized():
+    def storage():
+        x = torch.randn(4, 8, 5, 5)
+        return vgkern.functional.batch_norm_act(x, None, None, training=True).untyped_storage()
+
+    memory.set_limit(0)
+    assert storage().resizable()
+    memory.set_limit(1 << 30)
+    assert not storage().resizable()
+
+
 def test_a_capsule_that_nobody_takes_gives_its_buffer_back():
     capsule = _C.pool_tensor((MIB,), (1,), (2, 32))
     assert _in_use() == 4 * MIB

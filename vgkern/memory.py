@@ -10,7 +10,10 @@ is imported: bytes, or with a suffix as in ``512M``, ``4G``; ``0`` turns the poo
 machine's memory, or of the control group's: idle memory is what the next step needs again, but four processes on one
 machine, each with as much idle, shall leave half of it to others.
 
-A tensor of the pool behaves as one of ``torch.empty``, but for two things that it shares with ``torch.from_numpy``'s:
+Outputs of less than 1 MiB lie on the C library's heap, which keeps its pages by itself, and are handed to torch in the
+same way, which takes half of ``torch.empty``'s time; with a limit of 0 they too are ``torch.empty``'s.
+
+Such a tensor behaves as one of ``torch.empty``, but for two things that it shares with ``torch.from_numpy``'s:
 its storage cannot be resized (``resize_`` to more elements and ``untyped_storage().resize_`` raise ``RuntimeError``; in
 torch 2.13 a refused ``resize_`` leaves the new shape on the tensor, which must not be used then), and torch's memory
 profiler does not see it. ``share_memory_`` moves it out of the pool.
