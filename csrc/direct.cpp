@@ -213,18 +213,21 @@ void input_gradient(Arguments given) {
   batch_norm_act_backward(kernels(), call);
 }
 
-// The tensors of vgkern.ops that a call makes, uninitialised: the mask of x, its statistics, an output like x.
+// The tensors of vgkern.ops that a call makes, uninitialised: the mask of x, its statistics, an output like x; whether
+// torch is to make them.
 py::object new_mask(Arguments given) {
   const Shape x = shape_of(view_of(given[0]));
   const int64_t inner = x.rows ? x.channels : x.spatial;
-  return new_tensor(x.batch * x.channels * x.spatial / inner, (inner + 7) / 8, kUInt8Type);
+  return new_tensor(x.batch * x.channels * x.spatial / inner, (inner + 7) / 8, kUInt8Type, given[1] == Py_True);
 }
 
-py::object new_statistics(Arguments given) { return new_tensor(3, shape_of(view_of(given[0])).channels, kFloat64Type); }
+py::object new_statistics(Arguments given) {
+  return new_tensor(3, shape_of(view_of(given[0])).channels, kFloat64Type, given[1] == Py_True);
+}
 
 // Whoever turns the pool off wants PyTorch's own tensors.
 py::object new_output(Arguments given) {
-  return memory_statistics().limit == 0 ? torch_like(given[0]) : new_like(given[0]);
+  return new_like(given[0], given[1] == Py_True || memory_statistics().limit == 0);
 }
 
 // running ← (1 − momentum)·running + momentum·batch for the mean and the unbiased variance, (C,), from statistics of
@@ -351,9 +354,9 @@ void add_direct_functions(py::module_& module) {
       row<forward, kGiven + 5>("batch_norm_act_forward"),
       row<backward, kGiven + 11>("batch_norm_act_backward"),
       row<input_gradient, kGiven + 7>("batch_norm_act_input_gradient"),
-      row<new_mask, 1>("new_mask"),
-      row<new_statistics, 1>("new_statistics"),
-      row<new_output, 1>("new_output"),
+      row<new_mask, 2>("new_mask"),
+      row<new_statistics, 2>("new_statistics"),
+      row<new_output, 2>("new_output"),
       row<update_running_statistics, 5>("update_running_statistics"),
       row<are_ordinary, 1>("are_ordinary"),
       row<examine, 2>("examine"),

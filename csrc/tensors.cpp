@@ -196,8 +196,8 @@ void use_tensor_types(py::type tensor, py::type parameter) {
   make_object = api->managed_tensor_to_py_object_no_sync;
 }
 
-py::object new_tensor(int64_t rows, int64_t columns, DLDataType dtype) {
-  if (make_object == nullptr) {
+py::object new_tensor(int64_t rows, int64_t columns, DLDataType dtype, bool by_torch) {
+  if (by_torch || make_object == nullptr) {
     const auto torch = py::module_::import("torch");
     const auto type = torch.attr(dtype == kUInt8Type ? "uint8" : "float64");
     return torch.attr("empty")(rows, columns, py::arg("dtype") = type, py::arg("device") = "cpu");
@@ -206,16 +206,14 @@ py::object new_tensor(int64_t rows, int64_t columns, DLDataType dtype) {
   return as_object(HeapTensor::make(2, sizes, strides, dtype));
 }
 
-py::object new_like(PyObject* tensor) {
-  if (make_object != nullptr) {
+py::object new_like(PyObject* tensor, bool by_torch) {
+  if (!by_torch && make_object != nullptr) {
     const View view = view_of(tensor);
     if (view.ndim <= HeapTensor::kMaxRank)
       return as_object(HeapTensor::make(view.ndim, view.shape, view.strides, view.dtype));
   }
-  return torch_like(tensor);
+  return py::module_::import("torch").attr("empty_like")(py::handle(tensor));
 }
-
-py::object torch_like(PyObject* tensor) { return py::module_::import("torch").attr("empty_like")(py::handle(tensor)); }
 
 py::object plain_gradients(py::sequence parameters) {
   static PyObject* const name = PyUnicode_InternFromString("grad");

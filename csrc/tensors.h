@@ -46,13 +46,12 @@ View view_of(PyObject* tensor);
 bool is_contiguous(const View& tensor);
 int64_t count_of(const View& tensor);
 
-// Uninitialised CPU tensors on the C library's heap, in half the time of torch.empty or less, which makes them where
-// torch has no table of functions: (rows, columns), of float64 or bytes; and one of a dense tensor's shape, strides and
-// type. As any of DLPack's, their storage cannot be resized. Throw py::error_already_set or std::bad_alloc.
-pybind11::object new_tensor(int64_t rows, int64_t columns, DLDataType dtype);
-pybind11::object new_like(PyObject* tensor);
-// torch.empty_like's.
-pybind11::object torch_like(PyObject* tensor);
+// Uninitialised CPU tensors on the C library's heap, in half the time of torch.empty or less: (rows, columns), of
+// float64 or bytes; and one of a dense tensor's shape, strides and type. As any of DLPack's, their storage cannot be
+// resized. With `by_torch`, and where torch has no table of functions, torch.empty makes them. Throw
+// py::error_already_set or std::bad_alloc.
+pybind11::object new_tensor(int64_t rows, int64_t columns, DLDataType dtype, bool by_torch);
+pybind11::object new_like(PyObject* tensor, bool by_torch);
 
 // (parameters, gradients, Arrays of the gradients) of those that have a gradient, each gradient once; None if a
 // gradient is not plain CPU memory of the kernels' types.

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import vgkern
 from vgkern import cli, memory
+from vgkern.backends import cpu
 
 _C = pytest.importorskip("vgkern._C", reason="not run: the package was built without a C++ compiler")
 
@@ -300,24 +301,41 @@ def test_small_outputs_are_like_their_input(table):
     like += [torch.empty(3, 5, 7).permute(2, 0, 1), torch.empty(1, 2, 3, 1, 2, 2), torch.tensor(1.0), torch.empty(0, 3)]
     for x in like:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            y, expected = _C.new_output(x.to(dtype)), torch.empty_like(x.to(dtype))
+            y, expected = _C.new_output(x.to(dtype), False), torch.empty_like(x.to(dtype))
             assert (y.shape, y.stride(), y.dtype) == (expected.shape, expected.stride(), dtype)
             assert type(y) is torch.Tensor
             assert y.data_ptr() % 64 == 0
             assert (y.fill_(2.0) == 2).all()
     x = torch.empty(2, 24, 3, 3)
-    assert (_C.new_statistics(x).shape, _C.new_statistics(x).dtype) == ((3, 24), torch.float64)
+    assert (_C.new_statistics(x, False).shape, _C.new_statistics(x, False).dtype) == ((3, 24), torch.float64)
     for layout, shape in ((torch.contiguous_format, (48, 2)), (torch.channels_last, (18, 3))):
-        mask = _C.new_mask(x.contiguous(memory_format=layout))
+        mask = _C.new_mask(x.contiguous(memory_format=layout), False)
         assert (mask.shape, mask.dtype) == (shape, torch.uint8)
+
+
+def test_what_a_kernel_leaves_out_shows_where_torch_fills_what_is_empty(monkeypatch):
+    class Idle:
+        batch_norm_act_forward = batch_norm_act_backward = staticmethod(lambda *_: None)
+        new_output, new_statistics, new_mask = _C.new_output, _C.new_statistics, _C.new_mask
+
+    monkeypatch.setattr(cpu, "_C", Idle)
+    torch.use_deterministic_algorithms(True)
+    x, weight = torch.randn(4, 16, 5, 5), torch.ones(16)
+    rest = True, 1e-5, "relu", ()
+    y, statistics, mask = cpu.batch_norm_act_forward(x, x, weight, weight, None, None, None, *rest, True)
+    gradients = cpu.batch_norm_act_backward(
+        x, x, None, mask, statistics, weight, weight, None, *rest, 0.0, 1.0, [True] * 4 + [False, True]
+    )
+    assert all(t.isnan().all() for t in (y, statistics, *gradients) if t is not None)
+    assert (mask == 255).all()
 
 
 def test_small_outputs_live_as_long_as_something_needs_them():
     x = torch.empty(4, 1000)
-    y = _C.new_output(x).fill_(7.0)
+    y = _C.new_output(x, False).fill_(7.0)
     view, array = y[1:, ::2], y.numpy()
     del y
-    others = [_C.new_output(x).fill_(float(i)) for i in range(100)]
+    others = [_C.new_output(x, False).fill_(float(i)) for i in range(100)]
     assert (view == 7).all()
     assert (array == 7).all()
     assert all((other == i).all() for i, other in enumerate(others))
@@ -327,7 +345,7 @@ def test_small_outputs_leave_no_memory_behind():
     x = torch.empty(200_000)
     peak = 0
     for turn in range(2000):  # 1.6 GB
-        _C.new_output(x).fill_(1.0)
+        _C.new_output(x, False).fill_(1.0)
         if turn == 100:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100_000  # KiB
@@ -338,10 +356,29 @@ def test_without_the_pool_small_outputs_can_be_resized():
         x = torch.randn(4, 8, 5, 5)
         return vgkern.functional.batch_norm_act(x, None, None, training=True).untyped_storage()
 
+    torch.use_deterministic_algorithms(False)
     memory.set_limit(0)
     assert storage().resizable()
     memory.set_limit(1 << 30)
     assert not storage().resizable()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_whoever_makes_small_outputs_they_are_the_same(layout, activation):
+    layer = vgkern.nn.BatchNormAct2d(24, activation=activation)
+    x, residual, dy = (torch.randn(4, 24, 5, 7).contiguous(memory_format=layout) for _ in range(3))
+
+    def step():
+        leaves = x.clone().requires_grad_(), residual.clone().requires_grad_(), *layer.parameters()
+        y = layer(*leaves[:2])
+        return bits(y, *torch.autograd.grad(y, leaves, dy), layer.running_mean)
+
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    expected = step()
+    layer.load_state_dict(before)
+    torch.use_deterministic_algorithms(False)  # under which torch makes them
+    assert step() == expected
 
 
 def test_a_capsule_that_nobody_takes_gives_its_buffer_back():

@@ -70,12 +70,13 @@ def batch_norm_act_forward(
     x, residual, weight, bias, running_mean, running_var, activation_weight,
     training, eps, activation, activation_args, save_mask,
 ):  # fmt: skip
-    y = _C.new_output(x) if x.nbytes < memory.THRESHOLD else memory.empty_like(x)
+    by_torch = torch.are_deterministic_algorithms_enabled()  # which may want to fill what is empty
+    y = _C.new_output(x, by_torch) if x.nbytes < memory.THRESHOLD else memory.empty_like(x)
     statistics = mask = None
     if training or running_mean is not None:
-        statistics = _C.new_statistics(x)
+        statistics = _C.new_statistics(x, by_torch)
     if save_mask and ops.needs_mask(activation, residual is not None):
-        mask = _C.new_mask(x)
+        mask = _C.new_mask(x, by_torch)
     _C.batch_norm_act_forward(
         x, residual, weight, bias, activation_weight, training, eps, _ACTIVATION[activation], activation_args,
         torch.get_num_threads(), running_mean, running_var, y, statistics, mask,
@@ -88,13 +89,17 @@ def batch_norm_act_backward(
     training, eps, activation, activation_args, min_norm, max_norm, output_mask,
 ):  # fmt: skip
     want_dx, want_dresidual, want_dweight, want_dbias, want_dactivation_weight, want_record = output_mask
-    empty_like = _C.new_output if x.nbytes < memory.THRESHOLD else memory.empty_like
-    dx = empty_like(x) if want_dx else None
-    dresidual = empty_like(x) if want_dresidual else None
+    by_torch = torch.are_deterministic_algorithms_enabled()
+    if x.nbytes < memory.THRESHOLD:
+        dx = _C.new_output(x, by_torch) if want_dx else None
+        dresidual = _C.new_output(x, by_torch) if want_dresidual else None
+    else:
+        dx = memory.empty_like(x) if want_dx else None
+        dresidual = memory.empty_like(x) if want_dresidual else None
     dweight = torch.empty_like(weight) if want_dweight else None
     dbias = torch.empty_like(bias) if want_dbias else None
     dactivation_weight = torch.empty_like(activation_weight) if want_dactivation_weight else None
-    record = _C.new_output(_RECORD) if want_record else None
+    record = _C.new_output(_RECORD, by_torch) if want_record else None
     _C.batch_norm_act_backward(
         x, residual, weight, bias, activation_weight, training, eps, _ACTIVATION[activation], activation_args,
         torch.get_num_threads(), dy, mask, statistics, min_norm, max_norm, dx, dresidual, dweight, dbias,
@@ -112,7 +117,7 @@ def double_batch_norm_act_forward(
     statistics = torch.empty(2, 3, x.shape[1], dtype=torch.float64, device=_CPU)
     mask = None
     if save_mask and ops.needs_mask(activation, True):
-        mask = _C.new_mask(x)
+        mask = _C.new_mask(x, torch.are_deterministic_algorithms_enabled())
     shortcut = (residual, residual_eps, residual_weight, residual_bias, residual_running_mean, residual_running_var)
     _C.batch_norm_act_forward(
         x, shortcut, weight, bias, activation_weight, training, eps, _ACTIVATION[activation], activation_args,
@@ -135,8 +140,8 @@ def double_batch_norm_act_backward(
         for parameter, wanted in zip((weight, bias, residual_weight, residual_bias), want_parameters, strict=True)
     )
     dactivation_weight = torch.empty_like(activation_weight) if want_dactivation_weight else None
-    record = _C.new_output(_RECORD) if want_record else None
-    residual_record = _C.new_output(_RECORD) if want_residual_record else None
+    record = torch.empty_like(_RECORD) if want_record else None
+    residual_record = torch.empty_like(_RECORD) if want_residual_record else None
     shortcut = (
         residual, residual_eps, residual_weight, residual_bias, None, None, dresidual_weight, dresidual_bias,
         residual_record,
