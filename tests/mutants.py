@@ -420,7 +420,7 @@ FAULTS = [
     Fault("every run staged for the first", "csrc/tiles.h", "stream_run(stages_[i], targets_[i] + first)",
           "stream_run(stages_[i], targets_[i] + tile_.offset)", CPU_KERNELS),
     Fault("whole vectors streamed where none is aligned", CPU,
-          "(shape_.rows ? shape_.channels : shape_.spatial) % lanes == 0", "true", CPU_KERNELS),
+          "(shape_.rows ? together_ * shape_.channels : shape_.spatial) % lanes == 0", "true", CPU_KERNELS),
     Fault("a tile without its mask taken for a usual one", "csrc/tiles.h", "(F::reads == Reads::mask && tile.mask)",
           "F::reads == Reads::mask", CPU_KERNELS),
     Fault("two batch norms taken for a usual one", "csrc/tiles.h",
