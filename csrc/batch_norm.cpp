@@ -327,14 +327,24 @@ class Operation {
     set_shift(x_norm_, channel, -0.0);
   }
 
+  // The float that is nearest to 0 of the two beside it: of a float's bits, one less is the next towards 0. (nextafter
+  // is a call, which half of all channels would make.)
+  static float toward_zero(double value) {
+    float nearest = static_cast<float>(value);
+    uint32_t bits;
+    std::memcpy(&bits, &nearest, sizeof bits);
+    bits -= std::abs(static_cast<double>(nearest)) > std::abs(value);
+    std::memcpy(&nearest, &bits, sizeof bits);
+    return nearest;
+  }
+
   // To the type of arithmetic.
   double round(double value) const { return common_.dtype == kFloat64 ? value : static_cast<float>(value); }
 
   // The scale rounded towards zero and its remainder. They agree in sign and the remainder is not 0 unless the scale
   // is, so that an infinite x gives an infinite z; what stands in for a remainder of 0 is too small to change any z.
   void set_scale(const Norm& norm, int64_t channel, double scale) {
-    double high = round(scale);
-    if (std::abs(high) > std::abs(scale)) high = std::nextafter(static_cast<float>(high), 0.0f);
+    const double high = common_.dtype == kFloat64 ? scale : toward_zero(scale);
     const double low = round(scale - high);
     set(norm, kScale, channel, high);
     set(norm, kScaleLow, channel, low != 0.0 ? low : scale * 0x1p-60);

@@ -441,6 +441,8 @@ FAULTS = [
     Fault("small outputs that torch does not fill", "vgkern/backends/cpu.py",
           "by_torch = torch.are_deterministic_algorithms_enabled()  # which may want to fill what is empty",
           "by_torch = False", "tests/test_memory.py|leaves_out"),
+    Fault("a scale rounded away from 0", CPU,
+          "bits -= std::abs(static_cast<double>(nearest)) > std::abs(value);", "", "tests/test_values.py|cpu"),
     Fault("an infinite mean refined, reference", "vgkern/backends/reference.py",
           "torch.where(mean.isfinite(), rest, 0.0)", "rest", "tests/test_values.py|reference and infinite"),
     Fault("sums without the second row of a pair", CPU, "    add_up_columns(tile.sums, 0, sums);\n", "", CPU_KERNELS),

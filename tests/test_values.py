@@ -145,3 +145,15 @@ def test_an_infinite_value_is_not_turned_into_a_finite_one(backend, device):
     assert y[:, 0].isnan().all()  # x − mean is inf − inf or −inf, and rstd is 0 or NaN, as in PyTorch
     assert layer.running_mean[0] == math.inf  # as in PyTorch: an infinite first element is no origin
     assert y[:, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_infinite_x_gives_an_infinite_z(backend, device, dtype):
+    """With running statistics, as in PyTorch; whatever a scale, which is more than a float holds, is rounded to."""
+    channels = 64
+    layer = vgkern.nn.BatchNormAct2d(channels, activation=None).to(device, dtype).eval()
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(channels))
+        layer.running_var.copy_(torch.rand(channels) + 0.5)
+    x = torch.tensor([math.inf, -math.inf], dtype=dtype, device=device).view(2, 1, 1, 1).repeat(1, channels, 1, 3)
+    assert torch.equal(layer(x), x * layer.weight.view(1, -1, 1, 1).sign())
