@@ -1,5 +1,5 @@
-// The Python module vgkern._C: tensors, sizes and type codes go in; of torch nothing is known but a few attributes'
-// names.
+// The Python module vgkern._C: tensors, sizes and type codes go in; of torch nothing is known but the names of a few
+// functions and attributes.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,8 +10,12 @@
 #include "gradient_norm.h"
 #include "known_norms.h"
 #include "memory_pool.h"
+#include "node.h"
+#include "ordinary.h"
+#include "outputs.h"
 #include "parallel.h"
 #include "tensors.h"
+#include "torch_objects.h"
 
 namespace py = pybind11;
 
@@ -72,19 +76,6 @@ std::vector<std::string> activation_names() {
   return names;
 }
 
-// A DLPack capsule, or None where the pool has no memory. Whoever takes the tensor over renames the capsule.
-py::object pool_tensor(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
-                       std::pair<uint8_t, uint8_t> code_and_bits) {
-  constexpr auto kName = "dltensor";
-  DLManagedTensor* tensor = make_tensor(shape, strides, {code_and_bits.first, code_and_bits.second, 1});
-  if (tensor == nullptr) return py::none();
-  return py::capsule(tensor, kName, [](PyObject* capsule) {
-    if (!PyCapsule_IsValid(capsule, kName)) return;
-    auto* unused = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, kName));
-    unused->deleter(unused);
-  });
-}
-
 py::tuple pool_stats() {
   const MemoryStatistics s = memory_statistics();
   return py::make_tuple(s.in_use, s.idle, s.peak, s.limit, s.hits, s.misses);
@@ -112,7 +103,11 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels for CPU tensors, behind vgkern.backends.cpu, which holds the order of the arguments.";
   run_serially_after_fork();
 
+  load_torch_objects();
   add_direct_functions(m);
+  add_node_functions(m);
+  add_ordinary_functions(m);
+  add_output_functions(m);
 
   m.def("gradient_norms", &norms, py::call_guard<py::gil_scoped_release>());
   m.def("sample_norms", &samples, py::call_guard<py::gil_scoped_release>());
@@ -151,8 +146,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cache_bytes", &set_cache_bytes, py::arg("bytes"),
         "Has the last level of cache taken to be of that size, which decides what is written past it; returns what it "
         "was. For tests.");
-  m.def("pool_tensor", &pool_tensor, py::arg("shape"), py::arg("strides"), py::arg("code_and_bits"),
-        "DLPack capsule of an uninitialised dense tensor in memory of the pool; None where there is none.");
   m.def("pool_stats", &pool_stats, "The fields of vgkern.memory.MemoryStats, in order.");
   m.def("pool_set_limit", &set_memory_limit, py::arg("bytes"));
   m.def("pool_empty", &return_idle_memory);

@@ -1,49 +1,17 @@
 #include "direct.h"
 
-#include <algorithm>
 #include <limits>
-#include <new>
-#include <optional>
-#include <string>
-#include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "batch_norm.h"
 #include "dispatch.h"
-#include "memory_pool.h"
+#include "outputs.h"
 #include "tensors.h"
 
 namespace py = pybind11;
 
 namespace vgkern {
 namespace {
-
-using Arguments = PyObject* const*;
-
-double number(PyObject* object) {
-  const double value = PyFloat_AsDouble(object);
-  if (value == -1.0 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-int64_t integer(PyObject* object) {
-  const int64_t value = PyLong_AsLongLong(object);
-  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-py::object ask(PyObject* tensor, PyObject* method) {
-  auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, method));
-  if (!answer) throw py::error_already_set();
-  return answer;
-}
-
-bool has(PyObject* tensor, PyObject* attribute) {
-  const auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, attribute));
-  if (!value) throw py::error_already_set();
-  return value.ptr() == Py_True;
-}
 
 // ---- Tensors as they are given: None is a null pointer -------------------------------------------------------------
 
@@ -94,20 +62,6 @@ struct Residual {
   Channels weight, bias, running_mean, running_var;
 };
 
-// As vgkern.ops.layout.
-Shape shape_of(const View& x) {
-  Shape shape{1, 1, count_of(x), false};
-  if (x.ndim >= 2) {
-    shape = {x.shape[0], x.shape[1], shape.spatial / (x.shape[0] * x.shape[1]), false};
-    shape.rows = shape.spatial == 1 || !is_contiguous(x);
-  }
-  return shape;
-}
-
-// The arguments with which every call begins: x, residual, weight, bias, activation_weight, training, eps, the
-// activation's code, its arguments, the number of threads.
-constexpr int kGiven = 10;
-
 struct Given {
   explicit Given(Arguments given)
       : x(view_of(given[0])),
@@ -154,8 +108,26 @@ struct Given {
 
 // ---- The functions -------------------------------------------------------------------------------------------------
 
-// … running_mean, running_var, y, statistics, mask
-void forward(Arguments given) {
+// … dy, mask, statistics, mean_gradients, dx_factor, dx, dx_squares
+void input_gradient(Arguments given) {
+  const Given common(given);
+  const Channels statistics(given[kGiven + 2]);
+  auto call = common.call<Backward>();
+  call.dy = memory_of<const void>(given[kGiven]);
+  call.mask = memory_of<const uint8_t>(given[kGiven + 1]);
+  call.statistics = static_cast<const double*>(statistics.array.data);
+  call.max_norm = std::numeric_limits<double>::infinity();
+  call.mean_gradients = memory_of<const double>(given[kGiven + 3]);
+  call.dx_factor = memory_of<const double>(given[kGiven + 4]);
+  call.dx = memory_of<void>(given[kGiven + 5]);
+  call.dx_squares = memory_of<double>(given[kGiven + 6]);
+  const py::gil_scoped_release release;
+  batch_norm_act_backward(kernels(), call);
+}
+
+}  // namespace
+
+void call_forward(Arguments given) {
   const Given common(given);
   const Channels running_mean(given[kGiven]), running_var(given[kGiven + 1]);
   auto call = common.call<Forward>();
@@ -168,8 +140,7 @@ void forward(Arguments given) {
   batch_norm_act_forward(kernels(), call);
 }
 
-// … dy, mask, statistics, min_norm, max_norm, dx, dresidual, dweight, dbias, dactivation_weight, record
-void backward(Arguments given) {
+void call_backward(Arguments given) {
   const Given common(given);
   const Channels statistics(given[kGiven + 2]);
   const View dweight = view_or_none(given[kGiven + 7]), dbias = view_or_none(given[kGiven + 8]);
@@ -196,52 +167,18 @@ void backward(Arguments given) {
   batch_norm_act_backward(kernels(), call);
 }
 
-// … dy, mask, statistics, mean_gradients, dx_factor, dx, dx_squares
-void input_gradient(Arguments given) {
-  const Given common(given);
-  const Channels statistics(given[kGiven + 2]);
-  auto call = common.call<Backward>();
-  call.dy = memory_of<const void>(given[kGiven]);
-  call.mask = memory_of<const uint8_t>(given[kGiven + 1]);
-  call.statistics = static_cast<const double*>(statistics.array.data);
-  call.max_norm = std::numeric_limits<double>::infinity();
-  call.mean_gradients = memory_of<const double>(given[kGiven + 3]);
-  call.dx_factor = memory_of<const double>(given[kGiven + 4]);
-  call.dx = memory_of<void>(given[kGiven + 5]);
-  call.dx_squares = memory_of<double>(given[kGiven + 6]);
-  const py::gil_scoped_release release;
-  batch_norm_act_backward(kernels(), call);
+bool takes_running_statistics(const View& mean, const View& var, PyObject* counter) {
+  if (!is_contiguous(mean) || !is_contiguous(var)) return false;
+  if (counter == Py_None) return true;
+  const View view = view_of(counter);
+  return view.device.device_type == kDLCPU && view.dtype == kInt64Type;
 }
 
-// The tensors of vgkern.ops that a call makes, uninitialised: the mask of x, its statistics, an output like x; whether
-// torch is to make them.
-py::object new_mask(Arguments given) {
-  const Shape x = shape_of(view_of(given[0]));
-  const int64_t inner = x.rows ? x.channels : x.spatial;
-  return new_tensor(x.batch * x.channels * x.spatial / inner, (inner + 7) / 8, kUInt8Type, given[1] == Py_True);
-}
-
-py::object new_statistics(Arguments given) {
-  return new_tensor(3, shape_of(view_of(given[0])).channels, kFloat64Type, given[1] == Py_True);
-}
-
-// Whoever turns the pool off wants PyTorch's own tensors.
-py::object new_output(Arguments given) {
-  return new_like(given[0], given[1] == Py_True || memory_statistics().limit == 0);
-}
-
-// running ← (1 − momentum)·running + momentum·batch for the mean and the unbiased variance, (C,), from statistics of
-// (3, C): in float64 and rounded once, from whichever end is the nearer, as torch.lerp. Counts the batch, where there
-// is a counter. False, and nothing is done, if a tensor is not contiguous, or the counter not of int64 on the CPU.
 bool update_running_statistics(Arguments given) {
   const View running_mean = view_of(given[0]), running_var = view_of(given[1]), statistics = view_of(given[3]);
-  if (!is_contiguous(running_mean) || !is_contiguous(running_var)) return false;
+  if (!takes_running_statistics(running_mean, running_var, given[2])) return false;
   const double momentum = number(given[4]);
-  if (given[2] != Py_None) {
-    const View counter = view_of(given[2]);
-    if (counter.device.device_type != kDLCPU || !(counter.dtype == kInt64Type)) return false;
-    ++*static_cast<int64_t*>(counter.data);
-  }
+  if (given[2] != Py_None) ++*static_cast<int64_t*>(view_of(given[2]).data);
   const KernelTable& table = kernels();
   const int64_t channels = count_of(running_mean);
   std::vector<double> values(channels);
@@ -260,109 +197,15 @@ bool update_running_statistics(Arguments given) {
   return true;
 }
 
-// What describes a dense CPU tensor of exactly one of the two types whose memory holds its values, or nothing. One that
-// is sparse, or a wrapper of a transform, has no memory to show; that of a lazy zero, or of no element, is null.
-std::optional<View> ordinary(PyObject* tensor) {
-  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
-  if (!is_plain(tensor)) return {};
-  try {
-    View view = view_of(tensor);
-    if (view.device.device_type != kDLCPU || view.data == nullptr || ask(tensor, is_neg).ptr() == Py_True) return {};
-    return view;
-  } catch (py::error_already_set& error) {
-    if (!error.matches(PyExc_RuntimeError)) throw;  // NotImplementedError is one
-    return {};
-  }
-}
-
-// Whether each of a tuple is None or ordinary.
-bool are_ordinary(Arguments given) {
-  const auto tensors = py::reinterpret_borrow<py::tuple>(given[0]);
-  return std::all_of(tensors.begin(), tensors.end(),
-                     [](py::handle tensor) { return tensor.is_none() || ordinary(tensor.ptr()); });
-}
-
-// Of (training, (input, residual, running_mean, running_var, weight, bias, activation_weight)): whether all that are
-// not None are ordinary; and whether then it is plain that no check refuses them. So it is for an input (N, C, *) with
-// all else of its type, more than one value a channel, statistics given or not needed, and no activation_weight.
-py::object examine(Arguments given) {
-  static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
-  enum { kInput, kResidual, kRunningMean, kRunningVar, kWeight, kBias, kActivationWeight, kTensors };
-  const bool training = PyObject_IsTrue(given[0]) == 1;
-  if (!PyTuple_Check(given[1]) || PyTuple_GET_SIZE(given[1]) != kTensors) throw py::type_error("expected a tuple of 7");
-  const auto tensor = [&](int i) { return PyTuple_GET_ITEM(given[1], i); };
-  View views[kTensors]{};
-  for (int i = 0; i < kTensors; ++i) {
-    if (tensor(i) == Py_None) continue;
-    std::optional<View> view = ordinary(tensor(i));
-    if (!view) return py::make_tuple(false, false);
-    views[i] = std::move(*view);
-  }
-  const View& input = views[kInput];
-  const auto common = [&] {
-    const bool has_mean = views[kRunningMean].data, has_var = views[kRunningVar].data;
-    if (code_of(input.dtype) < 0 || input.ndim < 2 || views[kActivationWeight].data) return false;
-    if (training && count_of(input) == input.shape[1]) return false;
-    if (has_mean != has_var || !(training || has_mean)) return false;
-    for (int i = kResidual; i <= kBias; ++i) {
-      const View& view = views[i];
-      if (!view.data) continue;
-      const int64_t* expected = i == kResidual ? input.shape : input.shape + 1;
-      if (!(view.dtype == input.dtype) || view.ndim != (i == kResidual ? input.ndim : 1)) return false;
-      if (!std::equal(view.shape, view.shape + view.ndim, expected)) return false;
-    }
-    return !(has_mean && (has(tensor(kRunningMean), requires_grad) || has(tensor(kRunningVar), requires_grad)));
-  };
-  return py::make_tuple(true, common());
-}
-
-// ---- As Python's functions -----------------------------------------------------------------------------------------
-
-PyObject* returned(bool value) { return PyBool_FromLong(value); }
-PyObject* returned(py::object value) { return value.release().ptr(); }
-
-template <auto function, int arity>
-PyObject* entry(PyObject*, Arguments given, Py_ssize_t count) {
-  try {
-    if (count != arity) throw py::type_error("expected " + std::to_string(arity) + " arguments");
-    if constexpr (std::is_void_v<decltype(function(given))>) {
-      function(given);
-      return Py_NewRef(Py_None);
-    } else {
-      return returned(function(given));
-    }
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const py::builtin_exception& error) {
-    error.set_error();
-  } catch (const std::bad_alloc&) {
-    PyErr_NoMemory();
-  }
-  return nullptr;
-}
-
-template <auto function, int arity>
-constexpr PyMethodDef row(const char* name) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&entry<function, arity>)), METH_FASTCALL,
-          nullptr};
-}
-
-}  // namespace
-
 void add_direct_functions(py::module_& module) {
   static PyMethodDef functions[] = {
-      row<forward, kGiven + 5>("batch_norm_act_forward"),
-      row<backward, kGiven + 11>("batch_norm_act_backward"),
+      row<call_forward, kGiven + 5>("batch_norm_act_forward"),
+      row<call_backward, kGiven + 11>("batch_norm_act_backward"),
       row<input_gradient, kGiven + 7>("batch_norm_act_input_gradient"),
-      row<new_mask, 2>("new_mask"),
-      row<new_statistics, 2>("new_statistics"),
-      row<new_output, 2>("new_output"),
       row<update_running_statistics, 5>("update_running_statistics"),
-      row<are_ordinary, 1>("are_ordinary"),
-      row<examine, 2>("examine"),
       {},
   };
-  if (PyModule_AddFunctions(module.ptr(), functions) != 0) throw py::error_already_set();
+  add_functions(module, functions);
 }
 
 }  // namespace vgkern

@@ -1,6 +1,6 @@
 // The part of DLPack's binary interface that hands a CPU tensor over: https://dmlc.github.io/dlpack/latest/c_api.html
-// DLManagedTensor is that of the capsule "dltensor", which every version of DLPack and of torch takes; the table of
-// functions is DLPack 1.3's, and torch's since 2.10.
+// DLManagedTensorVersioned is DLPack 1.0's and torch's since 2.9; the table of functions is 1.3's, and torch's since
+// 2.10.
 #pragma once
 
 #include <cstdint>
@@ -28,12 +28,6 @@ struct DLTensor {
   int64_t* shape;
   int64_t* strides;
   uint64_t byte_offset;
-};
-
-struct DLManagedTensor {
-  DLTensor dl_tensor;
-  void* manager_ctx;
-  void (*deleter)(DLManagedTensor* self);
 };
 
 struct DLPackVersion {

@@ -5,8 +5,8 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <memory>
 #include <mutex>
+#include <vector>
 
 namespace vgkern {
 namespace {
@@ -83,12 +83,6 @@ Pool& pool() {
   return instance;
 }
 
-struct PoolTensor {
-  DLManagedTensor managed;
-  MemoryBlock block;
-  std::vector<int64_t> shape, strides;
-};
-
 }  // namespace
 
 MemoryBlock acquire_memory(size_t bytes) {
@@ -153,27 +147,6 @@ MemoryStatistics memory_statistics() {
   Pool& p = pool();
   std::lock_guard<std::mutex> lock(p.mutex);
   return p.statistics;
-}
-
-DLManagedTensor* make_tensor(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, DLDataType dtype) {
-  size_t bytes = dtype.bits / 8;
-  for (int64_t size : shape) bytes *= size;
-  auto tensor = std::make_unique<PoolTensor>(PoolTensor{{}, {}, shape, strides});
-  tensor->block = acquire_memory(bytes);
-  if (tensor->block.data == nullptr) return nullptr;
-  DLTensor& t = tensor->managed.dl_tensor;
-  t.data = tensor->block.data;
-  t.device = {kDLCPU, 0};
-  t.ndim = static_cast<int32_t>(shape.size());
-  t.dtype = dtype;
-  t.shape = tensor->shape.data();
-  t.strides = tensor->strides.data();
-  tensor->managed.manager_ctx = tensor.get();
-  tensor->managed.deleter = [](DLManagedTensor* self) {
-    const std::unique_ptr<PoolTensor> dead(static_cast<PoolTensor*>(self->manager_ctx));
-    release_memory(dead->block);
-  };
-  return &tensor.release()->managed;
 }
 
 }  // namespace vgkern

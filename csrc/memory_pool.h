@@ -6,9 +6,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
-
-#include "dlpack.h"
 
 namespace vgkern {
 
@@ -34,9 +31,5 @@ void release_memory(MemoryBlock block) noexcept;
 void set_memory_limit(size_t bytes);
 void return_idle_memory();
 MemoryStatistics memory_statistics();
-
-// An uninitialised tensor in a block, which its deleter releases; null where there is no block. The strides, in
-// elements, are those of a dense tensor.
-DLManagedTensor* make_tensor(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, DLDataType dtype);
 
 }  // namespace vgkern

@@ -3,14 +3,13 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <functional>
-#include <memory>
-#include <new>
 #include <numeric>
 #include <utility>
 
 #include "dlpack.h"
+#include "entry.h"
+#include "torch_objects.h"
 
 namespace py = pybind11;
 
@@ -89,41 +88,6 @@ bool read(PyObject* tensor, Arrays& arrays) {
   return data != nullptr || arrays.list.back().count == 0;
 }
 
-// A tensor on the C library's heap, with its elements behind it: what DLPack hands over.
-struct alignas(64) HeapTensor {
-  static constexpr int kMaxRank = 5;
-
-  // Null where there is no memory. The elements follow each other without gaps, in the order that the strides give.
-  static HeapTensor* make(int64_t rank, const int64_t* sizes, const int64_t* strides, DLDataType dtype) {
-    int64_t bytes = dtype.bits / 8;
-    for (int64_t i = 0; i < rank; ++i) bytes *= sizes[i];
-    constexpr int64_t kLine = alignof(HeapTensor);
-    void* memory = std::aligned_alloc(kLine, sizeof(HeapTensor) + (bytes + kLine - 1) / kLine * kLine);
-    if (memory == nullptr) return nullptr;
-    auto* tensor = new (memory) HeapTensor{};
-    std::copy_n(sizes, rank, tensor->sizes);
-    std::copy_n(strides, rank, tensor->strides);
-    tensor->managed.version = {1, 0};
-    tensor->managed.deleter = [](DLManagedTensorVersioned* self) { std::free(self); };
-    tensor->managed.dl_tensor = {
-        tensor + 1, {kDLCPU, 0}, static_cast<int32_t>(rank), dtype, tensor->sizes, tensor->strides, 0};
-    return tensor;
-  }
-
-  DLManagedTensorVersioned managed;  // first: the deleter has its address
-  int64_t sizes[kMaxRank], strides[kMaxRank];
-};
-
-py::object as_object(HeapTensor* tensor) {
-  if (tensor == nullptr) throw std::bad_alloc();
-  void* object = nullptr;
-  if (make_object(&tensor->managed, &object) != 0) {
-    std::free(tensor);
-    throw py::error_already_set();
-  }
-  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
-}
-
 // For torch without the table of functions.
 View view_by_attributes(py::handle tensor) {
   View view{};
@@ -176,6 +140,19 @@ bool is_contiguous(const View& tensor) {
   return true;
 }
 
+bool is_channels_last(const View& tensor) {
+  if (tensor.ndim != 4 && tensor.ndim != 5) return false;
+  int64_t count = 1;
+  const auto follows = [&](int64_t i) {
+    const bool fits = tensor.shape[i] == 1 || tensor.strides[i] == count;
+    count *= tensor.shape[i];
+    return fits;
+  };
+  bool all = follows(1);
+  for (int64_t i = tensor.ndim; i-- > 2;) all = follows(i) && all;
+  return follows(0) && all;
+}
+
 int64_t count_of(const View& tensor) {
   return std::accumulate(tensor.shape, tensor.shape + tensor.ndim, int64_t{1}, std::multiplies<int64_t>());
 }
@@ -196,24 +173,24 @@ void use_tensor_types(py::type tensor, py::type parameter) {
   make_object = api->managed_tensor_to_py_object_no_sync;
 }
 
-py::object new_tensor(int64_t rows, int64_t columns, DLDataType dtype, bool by_torch) {
-  if (by_torch || make_object == nullptr) {
-    const auto torch = py::module_::import("torch");
-    const auto type = torch.attr(dtype == kUInt8Type ? "uint8" : "float64");
-    return torch.attr("empty")(rows, columns, py::arg("dtype") = type, py::arg("device") = "cpu");
+py::object as_object(DLManagedTensorVersioned* tensor) {
+  if (make_object != nullptr) {
+    void* object = nullptr;
+    if (make_object(tensor, &object) == 0) return owned(static_cast<PyObject*>(object));
+    tensor->deleter(tensor);
+    throw py::error_already_set();
   }
-  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
-  return as_object(HeapTensor::make(2, sizes, strides, dtype));
+  // Whoever takes the tensor over renames the capsule.
+  static constexpr auto kName = "dltensor_versioned";
+  const py::capsule capsule(tensor, kName, [](PyObject* self) {
+    if (!PyCapsule_IsValid(self, kName)) return;
+    auto* unused = static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(self, kName));
+    unused->deleter(unused);
+  });
+  return owned(PyObject_CallOneArg(torch().from_dlpack, capsule.ptr()));
 }
 
-py::object new_like(PyObject* tensor, bool by_torch) {
-  if (!by_torch && make_object != nullptr) {
-    const View view = view_of(tensor);
-    if (view.ndim <= HeapTensor::kMaxRank)
-      return as_object(HeapTensor::make(view.ndim, view.shape, view.strides, view.dtype));
-  }
-  return py::module_::import("torch").attr("empty_like")(py::handle(tensor));
-}
+bool has_exchange_table() { return make_object != nullptr; }
 
 py::object plain_gradients(py::sequence parameters) {
   static PyObject* const name = PyUnicode_InternFromString("grad");

@@ -43,15 +43,18 @@ struct View : DLTensor {
 // Throws py::error_already_set for what has no such description.
 View view_of(PyObject* tensor);
 
-bool is_contiguous(const View& tensor);
 int64_t count_of(const View& tensor);
+bool is_contiguous(const View& tensor);
 
-// Uninitialised CPU tensors on the C library's heap, in half the time of torch.empty or less: (rows, columns), of
-// float64 or bytes; and one of a dense tensor's shape, strides and type. As any of DLPack's, their storage cannot be
-// resized. With `by_torch`, and where torch has no table of functions, torch.empty makes them. Throw
-// py::error_already_set or std::bad_alloc.
-pybind11::object new_tensor(int64_t rows, int64_t columns, DLDataType dtype, bool by_torch);
-pybind11::object new_like(PyObject* tensor, bool by_torch);
+// Of rank 4 or 5, in torch.channels_last or channels_last_3d.
+bool is_channels_last(const View& tensor);
+
+// A tensor of torch's that owns the memory, whose storage cannot be resized, as any of DLPack's. Throws
+// py::error_already_set; the memory is then released.
+pybind11::object as_object(DLManagedTensorVersioned* tensor);
+
+// Whether torch has the table of functions, without which as_object takes 10 µs.
+bool has_exchange_table();
 
 // (parameters, gradients, Arrays of the gradients) of those that have a gradient, each gradient once; None if a
 // gradient is not plain CPU memory of the kernels' types.

@@ -65,7 +65,7 @@ def _in_use_and_idle() -> tuple[int, int]:
 def _tensor(mib: float = 4, value: float | None = None) -> torch.Tensor:
     """A tensor of the pool."""
     hits_and_misses = _handed_out()
-    y = memory.empty_like(torch.empty(int(mib * MIB / 4)))
+    y = _C.new_output(torch.empty(int(mib * MIB / 4)))
     assert _handed_out() == hits_and_misses + 1
     return y if value is None else y.fill_(value)
 
@@ -75,9 +75,11 @@ def _handed_out() -> int:
     return stats.hits + stats.misses
 
 
-def _run(code: str, **environment: str) -> subprocess.CompletedProcess:
+PRELUDE = "import os, sys, torch, vgkern\nfrom vgkern import _C, memory\n"
+
+
+def _run(code: str, prelude: str = PRELUDE, **environment: str) -> subprocess.CompletedProcess:
     env = {name: value for name, value in os.environ.items() if name != "VGKERN_MEMORY_LIMIT"} | environment
-    prelude = "import os, sys, torch, vgkern\nfrom vgkern import memory\n"
     return subprocess.run(
         [sys.executable, "-c", prelude + textwrap.dedent(code)],
         env=env, capture_output=True, text=True, timeout=120, check=False,
@@ -95,7 +97,7 @@ def test_it_is_what_empty_like_gives_on_huge_pages(kind, dtype):
     if x.nbytes < MIB:
         x = torch.cat([x, x])
     before = _handed_out()
-    y, expected = memory.empty_like(x), torch.empty_like(x)
+    y, expected = _C.new_output(x), torch.empty_like(x)
     assert _handed_out() == before + 1
     assert (type(y), y.dtype, y.device, y.shape, y.stride(), y.requires_grad, y.storage_offset()) == (
         torch.Tensor, dtype, x.device, x.shape, expected.stride(), False, 0,
@@ -118,7 +120,7 @@ def test_it_is_what_empty_like_gives_on_huge_pages(kind, dtype):
 )
 def test_other_tensors_come_from_torch(x):
     before = memory.stats()
-    y, expected = memory.empty_like(x), torch.empty_like(x)
+    y, expected = _C.new_output(x), torch.empty_like(x)
     assert (y.shape, y.stride(), y.dtype) == (expected.shape, expected.stride(), expected.dtype)
     assert memory.stats() == before
 
@@ -183,9 +185,9 @@ def test_huge_pages_are_asked_for():
 def test_a_reused_buffer_is_not_paged_in_again():
     torch.use_deterministic_algorithms(False)
     x = torch.empty(32 * MIB // 4)
-    address = memory.empty_like(x).fill_(1.0).data_ptr()
+    address = _C.new_output(x).fill_(1.0).data_ptr()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    y = memory.empty_like(x).fill_(2.0)
+    y = _C.new_output(x).fill_(2.0)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     assert y.data_ptr() == address
     assert faults < 32 * MIB // resource.getpagesize() / 10
@@ -288,6 +290,12 @@ def test_it_outlives_the_pool_being_emptied_and_turned_off():
     assert _in_use_and_idle() == (0, 0)
 
 
+@pytest.fixture
+def unfilled():
+    """Where torch fills what is empty, it makes what is small."""
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(params=["torch's table of functions", "none, as in torch 2.9"])
 def table(request):
     if request.param.startswith("none"):
@@ -296,20 +304,20 @@ def table(request):
     _C.use_tensor_types(torch.Tensor, torch.nn.Parameter)
 
 
-def test_small_outputs_are_like_their_input(table):
+def test_small_outputs_are_like_their_input(table, unfilled):
     like = [torch.empty(shape).contiguous(memory_format=layout)[:2] for shape, layout in FORMATS.values()]
     like += [torch.empty(3, 5, 7).permute(2, 0, 1), torch.empty(1, 2, 3, 1, 2, 2), torch.tensor(1.0), torch.empty(0, 3)]
     for x in like:
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            y, expected = _C.new_output(x.to(dtype), False), torch.empty_like(x.to(dtype))
+            y, expected = _C.new_output(x.to(dtype)), torch.empty_like(x.to(dtype))
             assert (y.shape, y.stride(), y.dtype) == (expected.shape, expected.stride(), dtype)
             assert type(y) is torch.Tensor
             assert y.data_ptr() % 64 == 0
             assert (y.fill_(2.0) == 2).all()
     x = torch.empty(2, 24, 3, 3)
-    assert (_C.new_statistics(x, False).shape, _C.new_statistics(x, False).dtype) == ((3, 24), torch.float64)
+    assert (_C.new_statistics(x).shape, _C.new_statistics(x).dtype) == ((3, 24), torch.float64)
     for layout, shape in ((torch.contiguous_format, (48, 2)), (torch.channels_last, (18, 3))):
-        mask = _C.new_mask(x.contiguous(memory_format=layout), False)
+        mask = _C.new_mask(x.contiguous(memory_format=layout))
         assert (mask.shape, mask.dtype) == (shape, torch.uint8)
 
 
@@ -330,22 +338,22 @@ def test_what_a_kernel_leaves_out_shows_where_torch_fills_what_is_empty(monkeypa
     assert (mask == 255).all()
 
 
-def test_small_outputs_live_as_long_as_something_needs_them():
+def test_small_outputs_live_as_long_as_something_needs_them(unfilled):
     x = torch.empty(4, 1000)
-    y = _C.new_output(x, False).fill_(7.0)
+    y = _C.new_output(x).fill_(7.0)
     view, array = y[1:, ::2], y.numpy()
     del y
-    others = [_C.new_output(x, False).fill_(float(i)) for i in range(100)]
+    others = [_C.new_output(x).fill_(float(i)) for i in range(100)]
     assert (view == 7).all()
     assert (array == 7).all()
     assert all((other == i).all() for i, other in enumerate(others))
 
 
-def test_small_outputs_leave_no_memory_behind():
+def test_small_outputs_leave_no_memory_behind(unfilled):
     x = torch.empty(200_000)
     peak = 0
     for turn in range(2000):  # 1.6 GB
-        _C.new_output(x, False).fill_(1.0)
+        _C.new_output(x).fill_(1.0)
         if turn == 100:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100_000  # KiB
@@ -382,10 +390,23 @@ def test_whoever_makes_small_outputs_they_are_the_same(layout, activation):
 
 
 def test_a_capsule_that_nobody_takes_gives_its_buffer_back():
-    capsule = _C.pool_tensor((MIB,), (1,), (2, 32))
-    assert _in_use() == 4 * MIB
-    del capsule
-    assert _in_use_and_idle() == (0, 4 * MIB)
+    """Without torch's table of functions a tensor goes by a capsule."""
+    code = """
+        def refuse(capsule):
+            raise RuntimeError("refused")
+
+        torch.utils.dlpack.from_dlpack = refuse  # before the extension is loaded
+        from vgkern import _C, memory
+        _C.use_tensor_types(type("Tensor", (), {"grad": None}), torch.nn.Parameter)
+        try:
+            _C.new_output(torch.empty(1 << 20))
+        except RuntimeError as error:
+            assert str(error) == "refused"
+        stats = memory.stats()
+        assert (stats.in_use_bytes, stats.idle_bytes) == (0, 4 << 20), stats
+    """
+    done = _run(code, prelude="import torch\nimport torch.utils.dlpack\n")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -533,7 +554,7 @@ def test_many_threads_each_see_their_own_numbers():
 
 
 def _tensor_unchecked(mib: int, value: float) -> torch.Tensor:
-    return memory.empty_like(torch.empty(mib * MIB // 4)).fill_(value)
+    return _C.new_output(torch.empty(mib * MIB // 4)).fill_(value)
 
 
 # ---- Giving back -----------------------------------------------------------------------------------------------------
@@ -582,14 +603,14 @@ def test_idle_memory_is_given_back_before_an_allocation_fails():
         import resource
         memory.set_limit(1 << 40)
         large, less_large = torch.empty(100 << 18), torch.empty(75 << 18)
-        memory.empty_like(large)
+        _C.new_output(large)
         size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + (50 << 20), -1))
-        y = memory.empty_like(less_large)
+        y = _C.new_output(less_large)
         stats = memory.stats()
         assert (stats.in_use_bytes, stats.idle_bytes, stats.misses) == (75 << 20, 0, 2), stats
         try:
-            memory.empty_like(large)
+            _C.new_output(large)
         except RuntimeError as error:
             assert "allocate memory" in str(error), error
         else:
@@ -599,13 +620,8 @@ def test_idle_memory_is_given_back_before_an_allocation_fails():
     assert done.returncode == 0, done.stderr
 
 
-def test_without_memory_of_the_pool_it_is_torchs(monkeypatch):
-    x = torch.empty(MIB)
-    with monkeypatch.context() as patch:
-        patch.setattr(memory._C, "pool_tensor", lambda *_: None)
-        assert memory.empty_like(x).shape == x.shape
+def test_without_the_extension_there_is_no_pool(monkeypatch):
     monkeypatch.setattr(memory, "_C", None)
-    assert memory.empty_like(x).shape == x.shape
     memory.set_limit(5)
     memory.empty_cache()
     assert memory.stats() == memory.MemoryStats(0, 0, 0, 0, 0, 0)
@@ -618,7 +634,7 @@ def test_without_memory_of_the_pool_it_is_torchs(monkeypatch):
 def test_after_fork_neither_sees_what_the_other_writes():
     code = """
         def tensor(value):
-            return memory.empty_like(torch.empty(1 << 20)).fill_(value)
+            return _C.new_output(torch.empty(1 << 20)).fill_(value)
 
         live, idle = tensor(1.0), tensor(2.0)
         idle_address = idle.data_ptr()
@@ -667,7 +683,7 @@ def test_a_fork_does_not_cost_the_parent_its_idle_pages():
     code = """
         import resource
         like = torch.empty(8 << 20)
-        memory.empty_like(like).fill_(1.0)
+        _C.new_output(like).fill_(1.0)
         until_closed, end = os.pipe()
         child = os.fork()
         if child == 0:
@@ -675,7 +691,7 @@ def test_a_fork_does_not_cost_the_parent_its_idle_pages():
             os.read(until_closed, 1)
             os._exit(0)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        memory.empty_like(like).fill_(2.0)
+        _C.new_output(like).fill_(2.0)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         os.close(end)
         os.waitpid(child, 0)
@@ -694,7 +710,7 @@ def test_forks_while_other_threads_use_the_pool():
 
         def work():
             while not stop.is_set():
-                memory.empty_like(like)
+                _C.new_output(like)
 
         threads = [threading.Thread(target=work) for _ in range(3)]
         for thread in threads:
@@ -702,7 +718,7 @@ def test_forks_while_other_threads_use_the_pool():
         for _ in range(30):
             child = os.fork()
             if child == 0:
-                y = memory.empty_like(like).fill_(3.0)
+                y = _C.new_output(like).fill_(3.0)
                 os._exit(0 if (y == 3).all() else 1)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         stop.set()
@@ -715,12 +731,11 @@ def test_tensors_may_live_until_the_interpreter_ends():
     code = """
         import atexit, builtins, threading
         like = torch.empty(1 << 20)
-        builtins.kept = memory.empty_like(like)
-        torch.kept_as_well = memory.empty_like(like).numpy()
-        idle = memory.empty_like(like)
+        builtins.kept = _C.new_output(like)
+        torch.kept_as_well = _C.new_output(like).numpy()
+        idle = _C.new_output(like)
         del idle
-        capsule = memory._C.pool_tensor((1 << 20,), (1,), (2, 32))
-        atexit.register(lambda y=memory.empty_like(like): y.fill_(1.0))
+        atexit.register(lambda y=_C.new_output(like): y.fill_(1.0))
         filled = threading.Event()
 
         def hold(y):  # and wait: in the midst of an operation of torch the end of the interpreter aborts the process
@@ -728,7 +743,7 @@ def test_tensors_may_live_until_the_interpreter_ends():
             filled.set()
             threading.Event().wait()
 
-        threading.Thread(target=hold, args=(memory.empty_like(like),), daemon=True).start()
+        threading.Thread(target=hold, args=(_C.new_output(like),), daemon=True).start()
         filled.wait()
         layer = vgkern.nn.BatchNormAct2d(16)
         graph = layer(torch.randn(8, 16, 64, 64, requires_grad=True))

@@ -44,9 +44,24 @@ def ways(monkeypatch):
 
         return call
 
+    def counted_from_outside(name, function):
+        """What calls others in C++, or else comes back with nothing, or with an operator's results."""
+
+        def call(*args):
+            before = len(called)
+            result = function(*args)
+            if result is not None and len(called) == before:
+                called.append(name)
+            return result
+
+        return call
+
+    node = functional._BatchNormActDirect
+    monkeypatch.setattr(node, "forward", counted("forward", node.forward))
+    monkeypatch.setattr(node._backward_cls, "apply", counted_from_outside("backward", cpu.node_backward))
+    monkeypatch.setattr(cpu, "node_forward", counted("forward", cpu.node_forward))
+    monkeypatch.setattr(cpu, "node_step", counted_from_outside("forward", cpu.node_step))
     for name in ("batch_norm_act_forward", "batch_norm_act_backward"):
-        for backend in (cpu, reference):
-            monkeypatch.setattr(backend, name, counted(name.rpartition("_")[2], getattr(backend, name)))
         monkeypatch.setattr(ops, name, counted("op", getattr(ops, name)))
     return called
 
@@ -320,7 +335,7 @@ def test_an_error_that_is_no_answer_is_handed_on():
     ops.use_tensor_types(Broken, Broken)
     try:
         with pytest.raises(KeyError):
-            ops.are_ordinary((Broken(),))
+            ops.are_unwatched((Broken(),))
     finally:
         ops.use_tensor_types(torch.Tensor, nn.Parameter)
 
@@ -349,6 +364,122 @@ def test_the_short_cut_of_the_checks_refuses_nothing_and_finds_what_is_common(mo
         layer(x.to(dtype), residual.to(dtype))
         layer.eval()(x.to(dtype))
     BatchNormAct2d(7, affine=False, track_running_stats=False, activation="gelu")(x)
+
+
+# The usual call in one ------------------------------------------------------------------------------------------------
+
+
+def _channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class _Call:
+    """A layer, how it is used, and whether that is usual."""
+
+    def __init__(self, name, usual, *, x=lambda x: x, residual=lambda r: r, dtype=torch.float32, use=None, **options):
+        self.name, self.usual, self.x, self.residual, self.dtype, self.use = name, usual, x, residual, dtype, use
+        self.options = options
+
+    def results(self):
+        """Bits of all that two calls leave behind, and how often autograd was told of what they changed."""
+        torch.manual_seed(0)
+        layer = randomised(BatchNormAct2d(7, **self.options)).to(self.dtype)
+        context = contextlib.nullcontext()
+        if self.use is not None:
+            context = self.use(layer) or context
+        results, versions = [], [t._version for t in layer.state_dict().values()]
+        with context:
+            for generator in (_seeded(), _seeded()):
+                leaves = [t.to(self.dtype).requires_grad_() for t in torch.randn(2, *SHAPE, generator=generator)]
+                residual = self.residual(leaves[1])
+                y = layer(self.x(leaves[0]), residual)
+                assert y.requires_grad == torch.is_grad_enabled()
+                if y.requires_grad:
+                    y.backward(torch.randn(y.shape, generator=_seeded()).to(y.dtype))
+                results += [y, *(t.grad for t in leaves)]
+        results += [*layer.state_dict().values(), *(p.grad for p in layer.parameters())]
+        results.append(None if layer._probe is None else layer._probe.grad)
+        versions = [t._version - v for t, v in zip(layer.state_dict().values(), versions, strict=True)]
+        return bits(*results), versions
+
+
+def _with_buffer(name, change):
+    def use(layer):
+        layer._buffers[name] = change(layer._buffers[name])
+
+    return use
+
+
+CALLS = [
+    _Call("float32", True),
+    _Call("bfloat16", True, dtype=torch.bfloat16),
+    _Call("float64", True, dtype=torch.float64),
+    _Call("channels_last", True, x=_channels_last, residual=_channels_last),
+    _Call("without a residual", True, residual=lambda r: None),
+    _Call("the input as residual", True, residual=lambda r: r, x=lambda x: x),
+    _Call("smooth", True, activation="gelu"),
+    _Call("with an argument", True, activation="leaky_relu", activation_args={"negative_slope": 0.3}),
+    _Call("no activation", True, activation=None),
+    _Call("bounds", True, grad_norm_bounds=(0.5, 0.6)),
+    _Call("no record", True, track_grad_stats=False),
+    _Call("no parameters", True, affine=False),
+    _Call("no running statistics", True, track_running_stats=False),
+    _Call("another momentum", True, momentum=0.75),
+    _Call("in eval mode", True, use=lambda layer: layer.eval() and None),
+    _Call("without gradients", True, use=lambda layer: torch.no_grad()),
+    _Call("in eval mode without gradients", True, use=lambda layer: layer.eval() and torch.no_grad()),
+    _Call("frozen parameters", True, use=lambda layer: layer.requires_grad_(False) and None),
+    _Call("no counter", True, use=_with_buffer("num_batches_tracked", lambda counter: None)),
+    _Call("residual in another format", False, residual=_channels_last),
+    _Call("residual of another type", False, residual=lambda r: r.bfloat16()),
+    _Call("input in no format", False, x=lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)),
+    _Call("prelu", False, activation="prelu"),
+    _Call("the average of all batches", False, momentum=None),
+    _Call("a momentum that is no float", False, momentum=1),
+    _Call("a float counter", False, use=_with_buffer("num_batches_tracked", torch.Tensor.double)),
+    _Call("running statistics that are slices", False,
+          use=_with_buffer("running_var", lambda t: torch.stack([t, t], 1)[:, 1])),
+    _Call("running statistics of another type", False, dtype=torch.bfloat16, use=_with_buffer("running_mean", torch.Tensor.float)),
+    _Call("statistics that are not tracked, counted", False,
+          use=lambda layer: layer._buffers.update(running_mean=None, running_var=None)),
+    _Call("another backend", False, use=lambda layer: backends.use("reference")),
+    _Call("under a dispatch mode", False, use=lambda layer: _Seen()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.name)
+def test_the_usual_call_in_one_gives_the_same_bits(call, monkeypatch):
+    results, answers = [], []
+
+    def seen(*args, step=cpu.node_step):
+        y = step(*args)
+        answers.append(y is not None)
+        return y
+
+    for step in (seen, lambda *_: None):
+        monkeypatch.setattr(cpu, "node_step", step)
+        results.append(call.results())
+    assert results[0] == results[1]
+    assert answers == [call.usual] * 2
+
+
+def test_training_of_any_truth_is_training(monkeypatch):
+    x = torch.randn(SHAPE)
+    expected = batch_norm_act(x, None, None, training=True)
+    for step in (cpu.node_step, lambda *_: None):
+        monkeypatch.setattr(cpu, "node_step", step)
+        assert torch.equal(batch_norm_act(x, None, None, training=1), expected)
+
+
+def test_a_function_has_no_average_of_all_batches():
+    with pytest.raises(TypeError, match="momentum"):
+        batch_norm_act(torch.randn(SHAPE), torch.zeros(7), torch.ones(7), training=True, momentum=None)
+
+
+@pytest.mark.parametrize("wrong", [(), (None,) * 8, (*(None,) * 7, (1, 2))])
+def test_the_node_refuses_what_is_not_its_own(wrong):
+    with pytest.raises(TypeError):
+        cpu.node_forward(*wrong)
 
 
 def _steps(shape, dtype, activation):
@@ -487,8 +618,27 @@ def test_the_calls_of_a_step_are_few():
     assert backward - eager_backward <= 32  # 25
 
 
-def test_a_forced_backend_is_taken_by_the_short_way(ways):
-    with backends.use("reference"):
+@pytest.mark.parametrize(("name", "way"), [("cpu", ["forward", "backward"]), ("reference", ["op", "op"])])
+def test_a_forced_backend_is_taken_and_the_cpus_by_the_short_way(ways, name, way, monkeypatch):
+    called = []
+    for direction in ("forward", "backward"):
+        run = getattr(reference, f"batch_norm_act_{direction}")
+        monkeypatch.setattr(
+            reference, f"batch_norm_act_{direction}", lambda *args, run=run: called.append("reference") or run(*args)
+        )
+    with backends.use(name):
         _step(BatchNormAct2d(7), *_inputs())
-    assert ways == ["forward", "backward"]
+        add_act(torch.ones(2))
+    assert ways == [*way, way[0]]
+    assert called == ["reference"] * 3 * (name == "reference")
+
+
+def test_a_backend_that_is_forced_between_the_passes_computes_the_second(ways):
+    y = BatchNormAct2d(7)(*_inputs())
+    with backends.use("reference"):
+        y.sum().backward()
+    assert ways == ["forward", "op"]
+
+
+def test_what_the_method_of_the_base_class_calls():
     assert functional._apply_direct.__self__ is functional._BatchNormActDirect

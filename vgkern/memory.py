@@ -21,7 +21,6 @@ profiler does not see it. ``share_memory_`` moves it out of the pool.
 
 from __future__ import annotations
 
-import math
 import operator
 import os
 import re
@@ -29,11 +28,6 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
 try:
     from . import _C  # type: ignore[attr-defined]
@@ -41,17 +35,6 @@ except ImportError:  # vgkern.backends.cpu says why
     _C = None
 
 __all__ = ["MemoryStats", "empty_cache", "limit", "set_limit", "stats"]
-
-# Below, the C library's heap keeps its pages by itself; a tensor of the pool costs 0.9 µs more than torch.empty_like's.
-# Forward and backward of four layers in a row took, with torch.empty's memory, times as long as with the pool's:
-# 1.0 at 0.25 and 0.5 MiB, 1.5 at 1 MiB, 1.3 at 4 and 8, 1.7 at 16, 3.0 at 32, 3.5 at 103 (CPU time of one thread of an
-# AMD EPYC, glibc 2.36, torch 2.13, huge pages on request, medians).
-THRESHOLD = 1 << 20
-
-_deterministic: Any = torch.utils.deterministic  # the module has no attributes that a type checker would see
-
-# DLPack's code and bits.
-_DLPACK_TYPE = {torch.float32: (2, 32), torch.float64: (2, 64), torch.float16: (2, 16), torch.bfloat16: (4, 16)}
 
 
 @dataclass(frozen=True)
@@ -124,28 +107,6 @@ def set_limit(bytes: int) -> None:
         raise ValueError(f"bytes: expected a number >= 0, got {bytes}")
     if _C:
         _C.pool_set_limit(min(bytes, sys.maxsize))
-
-
-def empty_like(x: Tensor) -> Tensor:
-    """``torch.empty_like(x)``, in memory of the pool where x is large and in one of the memory formats."""
-    if x.nbytes < THRESHOLD or _C is None or not _is_dense(x):
-        return torch.empty_like(x)
-    capsule = _C.pool_tensor(x.shape, x.stride(), _DLPACK_TYPE[x.dtype])
-    if capsule is None:
-        return torch.empty_like(x)
-    y = from_dlpack(capsule)
-    if torch.are_deterministic_algorithms_enabled() and _deterministic.fill_uninitialized_memory:
-        y.fill_(math.nan)  # as torch.empty does
-    return y
-
-
-def _is_dense(x: Tensor) -> bool:
-    """Whether torch.empty_like would take over x's strides. Other dense tensors are not worth a look."""
-    return (
-        x.is_contiguous()
-        or x.is_contiguous(memory_format=torch.channels_last)
-        or x.is_contiguous(memory_format=torch.channels_last_3d)
-    )
 
 
 def _default_limit() -> int:

@@ -63,17 +63,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad, profiler
-from torch.fx import _symbolic_trace
 
 from . import backends
 from .activations import TABLE, ActivationSpec
 
 try:
-    from ._C import are_ordinary, examine, use_tensor_types
+    from ._C import are_unwatched, examine, use_tensor_types
 except ImportError:  # nothing is in a hurry then
 
-    def are_ordinary(*args: object) -> bool:
+    def are_unwatched(*args: object) -> bool:
         return False
 
     def examine(*args: object) -> tuple[bool, bool]:
@@ -310,20 +308,7 @@ def unwatched(*tensors: Tensor | None) -> bool:
     tensor is on another device, not dense, empty or lazily negated, for what is no tensor, and without the extension.
     If this is true, all that is given are dense CPU tensors whose memory holds their values.
     """
-    return not _is_watched(tensors) and are_ordinary(tensors)
-
-
-def _is_watched(tensors: tuple[Tensor | None, ...]) -> bool:
-    return bool(
-        torch.compiler.is_dynamo_compiling()  # first: what follows is not for dynamo
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._has_torch_function(tensors)  # or a TorchFunctionMode
-        or torch._C._get_tracing_state() is not None
-        or _symbolic_trace._is_fx_tracing_flag
-        or forward_ad._current_level >= 0
-        or profiler._is_profiler_enabled
-    )
+    return not torch.compiler.is_dynamo_compiling() and are_unwatched(tensors)
 
 
 def look(training: bool, tensors: tuple[Tensor | None, ...]) -> tuple[bool, bool]:
@@ -332,7 +317,7 @@ def look(training: bool, tensors: tuple[Tensor | None, ...]) -> tuple[bool, bool
     They are input, residual, running_mean, running_var, weight, bias and activation_weight. The look takes 1 µs; the
     checks, which find words, 14.
     """
-    return (False, False) if _is_watched(tensors) else examine(training, tensors)
+    return (False, False) if torch.compiler.is_dynamo_compiling() else examine(training, tensors)
 
 
 def are_plain_numbers(momentum: object, eps: object) -> bool:

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
-from .. import memory, ops
+from .. import activations, backends, ops
 from . import reference
 
 try:
@@ -28,16 +29,25 @@ except ImportError as error:
     _reason: str | None = f"the extension vgkern._C is not built, or cannot be loaded ({error})"
     _DTYPE: dict[torch.dtype, int] = {}
     _ACTIVATION: dict[str, int] = {}
+    node_forward = node_backward = node_step = None
 else:
     _reason = None
     _DTYPE = {getattr(torch, name): code for code, name in enumerate(_C.dtype_names())}
     _ACTIVATION = {name: code for code, name in enumerate(_C.activation_names())}
+    node_forward, node_backward, node_step = _C.node_forward, _C.node_backward, _C.node_step
     _forced_isa = os.environ.get("VGKERN_CPU_ISA")
     if _forced_isa:
         try:
             _C.use_isa(_forced_isa)
         except ValueError as error:
             _reason = f"VGKERN_CPU_ISA: {error}"
+
+
+def set_up_node(config: type, apply: Any) -> None:
+    """Before the first node of ``vgkern.functional._BatchNormActDirect``, of which these are the config and the way."""
+    rows = ((code, activations.TABLE[name]) for name, code in _ACTIVATION.items())
+    table = {r.name: (code, r.backward_reads == "mask", r.backward_reads == "z", r.learnable) for code, r in rows}
+    _C.set_up_node(backends, table, BackwardCFunction.apply, config, apply)
 
 
 def unavailable() -> str | None:
@@ -70,13 +80,12 @@ def batch_norm_act_forward(
     x, residual, weight, bias, running_mean, running_var, activation_weight,
     training, eps, activation, activation_args, save_mask,
 ):  # fmt: skip
-    by_torch = torch.are_deterministic_algorithms_enabled()  # which may want to fill what is empty
-    y = _C.new_output(x, by_torch) if x.nbytes < memory.THRESHOLD else memory.empty_like(x)
+    y = _C.new_output(x)
     statistics = mask = None
     if training or running_mean is not None:
-        statistics = _C.new_statistics(x, by_torch)
+        statistics = _C.new_statistics(x)
     if save_mask and ops.needs_mask(activation, residual is not None):
-        mask = _C.new_mask(x, by_torch)
+        mask = _C.new_mask(x)
     _C.batch_norm_act_forward(
         x, residual, weight, bias, activation_weight, training, eps, _ACTIVATION[activation], activation_args,
         torch.get_num_threads(), running_mean, running_var, y, statistics, mask,
@@ -89,17 +98,12 @@ def batch_norm_act_backward(
     training, eps, activation, activation_args, min_norm, max_norm, output_mask,
 ):  # fmt: skip
     want_dx, want_dresidual, want_dweight, want_dbias, want_dactivation_weight, want_record = output_mask
-    by_torch = torch.are_deterministic_algorithms_enabled()
-    if x.nbytes < memory.THRESHOLD:
-        dx = _C.new_output(x, by_torch) if want_dx else None
-        dresidual = _C.new_output(x, by_torch) if want_dresidual else None
-    else:
-        dx = memory.empty_like(x) if want_dx else None
-        dresidual = memory.empty_like(x) if want_dresidual else None
+    dx = _C.new_output(x) if want_dx else None
+    dresidual = _C.new_output(x) if want_dresidual else None
     dweight = torch.empty_like(weight) if want_dweight else None
     dbias = torch.empty_like(bias) if want_dbias else None
     dactivation_weight = torch.empty_like(activation_weight) if want_dactivation_weight else None
-    record = _C.new_output(_RECORD, by_torch) if want_record else None
+    record = _C.new_output(_RECORD) if want_record else None
     _C.batch_norm_act_backward(
         x, residual, weight, bias, activation_weight, training, eps, _ACTIVATION[activation], activation_args,
         torch.get_num_threads(), dy, mask, statistics, min_norm, max_norm, dx, dresidual, dweight, dbias,
@@ -113,11 +117,11 @@ def double_batch_norm_act_forward(
     residual_running_var, activation_weight, training, eps, residual_eps, activation, activation_args, save_mask,
 ):  # fmt: skip
     """3 units where a channel of x and residual stays in cache: reads both, writes y (and the mask); 5 else."""
-    y = memory.empty_like(x)
+    y = _C.new_output(x)
     statistics = torch.empty(2, 3, x.shape[1], dtype=torch.float64, device=_CPU)
     mask = None
     if save_mask and ops.needs_mask(activation, True):
-        mask = _C.new_mask(x, torch.are_deterministic_algorithms_enabled())
+        mask = _C.new_mask(x)
     shortcut = (residual, residual_eps, residual_weight, residual_bias, residual_running_mean, residual_running_var)
     _C.batch_norm_act_forward(
         x, shortcut, weight, bias, activation_weight, training, eps, _ACTIVATION[activation], activation_args,
@@ -133,15 +137,15 @@ def double_batch_norm_act_backward(
     """5 units where a channel stays in cache: reads dy, x, residual (and the mask), writes dx and dresidual; 8 else."""
     want_dx, want_dresidual, *want_parameters, want_dactivation_weight, want_record, want_residual_record = output_mask
     both = training and (want_dx or want_dresidual)  # the pass that writes one writes the other
-    dx = memory.empty_like(x) if want_dx or both else None
-    dresidual = memory.empty_like(x) if want_dresidual or both else None
+    dx = _C.new_output(x) if want_dx or both else None
+    dresidual = _C.new_output(x) if want_dresidual or both else None
     dweight, dbias, dresidual_weight, dresidual_bias = (
         torch.empty_like(parameter) if wanted else None
         for parameter, wanted in zip((weight, bias, residual_weight, residual_bias), want_parameters, strict=True)
     )
     dactivation_weight = torch.empty_like(activation_weight) if want_dactivation_weight else None
-    record = torch.empty_like(_RECORD) if want_record else None
-    residual_record = torch.empty_like(_RECORD) if want_residual_record else None
+    record = _C.new_output(_RECORD) if want_record else None
+    residual_record = _C.new_output(_RECORD) if want_residual_record else None
     shortcut = (
         residual, residual_eps, residual_weight, residual_bias, None, None, dresidual_weight, dresidual_bias,
         residual_record,
@@ -176,7 +180,7 @@ def batch_norm_act_input_gradient(
     activation, activation_args, means, factor,
 ):  # fmt: skip
     """2 reads (3 with a residual that z is made from) and 1 write of a tensor of x's size."""
-    dx = memory.empty_like(x)
+    dx = _C.new_output(x)
     dx_squares = torch.empty_like(factor)
     _C.batch_norm_act_input_gradient(
         x, residual, weight, bias, activation_weight, True, 0.0, _ACTIVATION[activation], activation_args,

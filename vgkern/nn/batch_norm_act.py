@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from .. import functional, ops, synchronised
+from .. import functional, synchronised
 from ..functional import Bounds
 from ..gradients.record import GradRecordMixin
 from ._activation import ActivationMixin
@@ -69,22 +69,11 @@ class _BatchNormAct(GradRecordMixin, ActivationMixin, _NormBase):
             expected = " or ".join(f"{rank}D" for rank in self._ranks)
             raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
         weight, bias, running_mean, running_var, counter, uses_batch = self._tensors_in_use()
-        activation, activation_weight = self.activation, self.activation_weight
-        momentum, group = self.momentum, self._group
-        direct = ops.check_all(
-            input, residual, activation, activation_weight, running_mean, running_var, weight, bias, uses_batch,
-            0.0 if momentum is None else momentum, self.eps, group is not None,
+        return functional.step(
+            input, residual, weight, bias, self.activation_weight, self._probe_on(input.device),
+            running_mean, running_var, counter, uses_batch, self.momentum, self.eps, self.activation, self._bounds,
+            self.training, self._group,
         )  # fmt: skip
-
-        y, statistics = functional.apply(
-            input, residual, weight, bias, activation_weight, self._probe_on(input.device),
-            running_mean, running_var, uses_batch, self.eps, activation, self._bounds, direct, group,
-        )  # fmt: skip
-        # State changes last: whatever raises above leaves the layer as it was.
-        if self.training:
-            has_elements = group is not None or input.numel() > 0
-            self._count_batch(running_mean, running_var, counter, statistics if has_elements else None, direct)
-        return y
 
     def _tensors_in_use(self) -> tuple[Any, ...]:
         """(weight, bias, running_mean, running_var, counter), and whether the batch's own statistics are in use."""
@@ -95,16 +84,6 @@ class _BatchNormAct(GradRecordMixin, ActivationMixin, _NormBase):
         if running_mean is None or (training and not tracked):
             running_mean = running_var = None
         return weight, bias, running_mean, running_var, num_batches_tracked if tracked else None, uses_batch
-
-    def _count_batch(
-        self, running_mean: Tensor | None, running_var: Tensor | None, counter: Tensor | None,
-        statistics: Tensor | None, direct: bool,
-    ) -> None:  # fmt: skip
-        """The running statistics, if they are in use, after a batch in training of these; None if it had no element."""
-        if running_mean is not None and running_var is not None and statistics is not None:
-            functional.update_running_statistics(running_mean, running_var, counter, statistics, self.momentum, direct)
-        elif counter is not None:
-            counter.add_(1)
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         """(weight, bias, running_mean, running_var, num_batches_tracked)."""

@@ -105,6 +105,6 @@ def _both(layer: Any, input: Tensor, residual_layer: Any, residual: Tensor) -> T
     )
     if layer.training:
         measured = statistics.unbind() if input.numel() > 0 else (None, None)
-        layer._count_batch(*norm[2:4], counter, measured[0], direct)
-        residual_layer._count_batch(*residual_norm[2:4], residual_counter, measured[1], direct)
+        functional.count_batch(*norm[2:4], counter, measured[0], layer.momentum, direct)
+        functional.count_batch(*residual_norm[2:4], residual_counter, measured[1], residual_layer.momentum, direct)
     return y
