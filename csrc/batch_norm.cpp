@@ -564,7 +564,11 @@ constexpr double kFarOutlier = 15.0 / 16.0;
 class ForwardPass : Operation {
  public:
   ForwardPass(const KernelTable& table, const Forward& call)
-      : Operation(table, call, !call.training ? 0 : call.normalises_residual ? 2 : 1), call_(call) {
+      : Operation(table, call,
+                  !call.training             ? 0
+                  : call.normalises_residual ? 2
+                                             : 1),
+        call_(call) {
     base_.y = call.y;
     base_.saved_mask = call.saved_mask;
     base_.outputs = way_of({call.x, call.residual}, {call.y}, kForwardShare);

@@ -1,7 +1,6 @@
 #include "node.h"
 
 #include <array>
-#include <cmath>
 #include <optional>
 #include <string>
 
@@ -163,9 +162,8 @@ py::object node_backward(Arguments given) {
   enum { kX, kResidual, kWeight, kBias, kActivationWeight, kProbe, kInputs };
   PyObject* const* wanted = items(needs.ptr(), kInputs + 1);
   const auto need = [&](int input) { return is_true(wanted[input]); };
-  const double min_norm = number(config[Config::kMinNorm]), max_norm = number(config[Config::kMaxNorm]);
-  // One tensor serves both: without normalisation dz is dx; without an activation it is dy.
-  const bool shared = statistics == Py_None && min_norm == 0 && max_norm == HUGE_VAL;
+  // One tensor serves both: without normalisation, and so without bounds, dz is dx; without an activation it is dy.
+  const bool shared = statistics == Py_None;
   const bool passed_on = !shared && integer(config.code) == kIdentity;
   const auto like = [](bool wanted, PyObject* tensor) { return wanted ? empty_like(tensor) : py::none(); };
   const View view = view_of(x);
@@ -182,8 +180,8 @@ py::object node_backward(Arguments given) {
   call_backward(all.data());
 
   PyObject* const residual_gradient = !need(kResidual) ? Py_None : shared ? dx.ptr() : passed_on ? dy : dresidual.ptr();
-  return tuple_of(need(kX) ? dx.ptr() : Py_None, residual_gradient, dweight.ptr(), dbias.ptr(),
-                  dactivation_weight.ptr(), record.ptr(), Py_None);
+  return tuple_of(dx.ptr(), residual_gradient, dweight.ptr(), dbias.ptr(), dactivation_weight.ptr(), record.ptr(),
+                  Py_None);
 }
 
 // The format in which a kernel takes a tensor as it is, or null.

@@ -30,6 +30,10 @@ py::object examine(Arguments given) {
   return py::make_tuple(seen != Look::watched, seen == Look::common);
 }
 
+bool has_shape(const View& view, const int64_t* shape, int32_t rank) {
+  return view.ndim == rank && std::equal(shape, shape + rank, view.shape);
+}
+
 // Whether it is plain that no check refuses what is ordinary.
 bool are_common(bool training, PyObject* const* tensors, const View* views) {
   static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
@@ -38,13 +42,18 @@ bool are_common(bool training, PyObject* const* tensors, const View* views) {
   if (code_of(input.dtype) < 0 || input.ndim < 2 || views[Place::kActivationWeight].data) return false;
   if (training && count_of(input) == input.shape[1]) return false;
   if (has_mean != has_var || !(training || has_mean)) return false;
-  for (int i = Place::kResidual; i <= Place::kBias; ++i) {
+  const View& residual = views[Place::kResidual];
+  if (residual.data && !(residual.dtype == input.dtype && has_shape(residual, input.shape, input.ndim))) return false;
+  const View* first = nullptr;
+  for (int i : {Place::kRunningMean, Place::kRunningVar, Place::kWeight, Place::kBias}) {
     const View& view = views[i];
     if (!view.data) continue;
-    const int64_t* expected = i == Place::kResidual ? input.shape : input.shape + 1;
-    if (!(view.dtype == input.dtype) || view.ndim != (i == Place::kResidual ? input.ndim : 1)) return false;
-    if (!std::equal(view.shape, view.shape + view.ndim, expected)) return false;
+    if (!has_shape(view, input.shape + 1, 1)) return false;
+    if (first == nullptr) first = &view;
+    if (!(view.dtype == first->dtype)) return false;
   }
+  const bool half = input.dtype.bits == 16;
+  if (first != nullptr && !(first->dtype == input.dtype || (half && first->dtype == kFloat32Type))) return false;
   return !has_mean ||
          !(is_set(tensors[Place::kRunningMean], requires_grad) || is_set(tensors[Place::kRunningVar], requires_grad));
 }

@@ -19,8 +19,8 @@ struct Place {
 };
 
 // `unwatched`: nothing watches, and all that are not None are ordinary. `common`: so it is, and plain that no check
-// refuses them, for an input (N, C, *) with all else of its type, more than one value a channel, statistics given or
-// not needed, and no activation_weight.
+// refuses them, for an input (N, C, *) with a residual of its type, parameters and statistics all of that or of float32
+// beside half precision, more than one value a channel, statistics given or not needed, and no activation_weight.
 enum class Look { watched, unwatched, common };
 
 // At a call's tensors, of which `views` become the descriptions; those of None stay empty.

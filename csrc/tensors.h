@@ -26,7 +26,7 @@ void use_tensor_types(pybind11::type tensor, pybind11::type parameter);
 // Whether the object is of exactly one of the two types.
 bool is_plain(PyObject* object);
 
-constexpr DLDataType kInt64Type{0, 64, 1}, kUInt8Type{1, 8, 1}, kFloat64Type{2, 64, 1};
+constexpr DLDataType kInt64Type{0, 64, 1}, kUInt8Type{1, 8, 1}, kFloat32Type{2, 32, 1}, kFloat64Type{2, 64, 1};
 
 inline bool operator==(DLDataType a, DLDataType b) {
   return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;

@@ -66,6 +66,17 @@ def test_every_subset_of_requires_grad(backend, device, needs, activation, train
     assert all(t.grad is None for t in inputs)
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu", "identity"])
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (True, True)], ids=str)
+def test_every_subset_of_requires_grad_of_add_act(backend, device, needs, activation):
+    inputs = [torch.randn(SHAPE, device=device, requires_grad=need) for need in needs]
+    wanted = [t for t in inputs if t.requires_grad]
+    y, dy = add_act(*inputs, activation=activation), torch.randn(SHAPE, device=device)
+    expected = torch.autograd.grad(TABLE[activation].reference(sum(inputs), *resolve(activation).args), wanted, dy)
+    for ours, theirs in zip(torch.autograd.grad(y, wanted, dy), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("needs", [(True, False), (False, True), (True, True)], ids=str)
 def test_a_weight_of_the_activation_with_and_without_gradient(backend, device, needs):
     x = torch.randn(SHAPE, device=device, requires_grad=needs[0])

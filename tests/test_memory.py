@@ -115,8 +115,9 @@ def test_it_is_what_empty_like_gives_on_huge_pages(kind, dtype):
         torch.empty(1).expand(MIB),
         torch.empty(1024, 1024)[:, ::2],
         torch.empty(MIB, dtype=torch.int32).view(1024, 1024).t(),
+        torch.empty(MIB, dtype=torch.int32),
     ],
-    ids=["small", "empty", "expanded", "step 2", "transposed"],
+    ids=["small", "empty", "expanded", "step 2", "transposed", "integers"],
 )
 def test_other_tensors_come_from_torch(x):
     before = memory.stats()

@@ -231,6 +231,20 @@ def test_transforms_of_torch_func_take_the_functional_form(ways):
     assert set(ways) == {"op"}
 
 
+def test_transforms_and_traces_watch_what_they_do_not_wrap_too():
+    x, seen = torch.randn(SHAPE), []
+
+    class Traced(nn.Module):
+        def forward(self, z):
+            seen.append(ops.unwatched(x))
+            return z + 1
+
+    torch.func.grad(lambda z: Traced()(z).sum())(torch.ones(2))
+    torch.fx.symbolic_trace(Traced())
+    assert seen == [False, False]
+    assert ops.unwatched(x)
+
+
 def test_a_tensor_that_outlived_its_transform(ways):
     kept = []
     x = torch.randn(SHAPE)
@@ -373,6 +387,9 @@ def _channels_last(x):
     return x.contiguous(memory_format=torch.channels_last)
 
 
+_ITSELF = object()
+
+
 class _Call:
     """A layer, how it is used, and whether that is usual."""
 
@@ -391,8 +408,8 @@ class _Call:
         with context:
             for generator in (_seeded(), _seeded()):
                 leaves = [t.to(self.dtype).requires_grad_() for t in torch.randn(2, *SHAPE, generator=generator)]
-                residual = self.residual(leaves[1])
-                y = layer(self.x(leaves[0]), residual)
+                x = self.x(leaves[0])
+                y = layer(x, x if self.residual is _ITSELF else self.residual(leaves[1]))
                 assert y.requires_grad == torch.is_grad_enabled()
                 if y.requires_grad:
                     y.backward(torch.randn(y.shape, generator=_seeded()).to(y.dtype))
@@ -414,9 +431,11 @@ CALLS = [
     _Call("float32", True),
     _Call("bfloat16", True, dtype=torch.bfloat16),
     _Call("float64", True, dtype=torch.float64),
+    _Call("bfloat16 beside float32", True, x=torch.Tensor.bfloat16, residual=torch.Tensor.bfloat16),
+    _Call("float16 beside float32", True, x=torch.Tensor.half, residual=torch.Tensor.half),
     _Call("channels_last", True, x=_channels_last, residual=_channels_last),
     _Call("without a residual", True, residual=lambda r: None),
-    _Call("the input as residual", True, residual=lambda r: r, x=lambda x: x),
+    _Call("the input as residual", True, residual=_ITSELF),
     _Call("smooth", True, activation="gelu"),
     _Call("with an argument", True, activation="leaky_relu", activation_args={"negative_slope": 0.3}),
     _Call("no activation", True, activation=None),
@@ -439,7 +458,6 @@ CALLS = [
     _Call("a float counter", False, use=_with_buffer("num_batches_tracked", torch.Tensor.double)),
     _Call("running statistics that are slices", False,
           use=_with_buffer("running_var", lambda t: torch.stack([t, t], 1)[:, 1])),
-    _Call("running statistics of another type", False, dtype=torch.bfloat16, use=_with_buffer("running_mean", torch.Tensor.float)),
     _Call("statistics that are not tracked, counted", False,
           use=lambda layer: layer._buffers.update(running_mean=None, running_var=None)),
     _Call("another backend", False, use=lambda layer: backends.use("reference")),

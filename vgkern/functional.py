@@ -110,8 +110,8 @@ def _backward(ctx, dy, run):
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _second_order(ctx, dy, x, residual, mask, weight, bias, activation_weight, running_mean, running_var)
     need_x, need_residual, need_weight, need_bias, need_activation_weight, need_record, *_ = ctx.needs_input_grad
-    # One tensor serves both: without normalisation dz is dx; without an activation it is dy.
-    shared = statistics is None and min_norm == 0 and max_norm == math.inf
+    # One tensor serves both: without normalisation, and so without bounds, dz is dx; without an activation it is dy.
+    shared = statistics is None
     need_dx = need_x or (shared and need_residual)
     passed_on = activation == "identity" and not shared
     want_dresidual = need_residual and not (shared or passed_on)
