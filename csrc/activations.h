@@ -48,6 +48,7 @@ struct Traits {
   static constexpr Reads reads = what;
   static constexpr bool has_backward = what != Reads::z;
   static constexpr bool has_weight = false;
+  static constexpr bool passes_dy = what == Reads::nothing;  // or 0: dz is a number of dy's type
 };
 
 // ---- Piecewise linear ----------------------------------------------------------------------------------------------
@@ -61,6 +62,8 @@ struct Identity : Traits<Reads::nothing> {
 
 template <class R, class M>
 struct Relu : Traits<Reads::mask> {
+  static constexpr bool passes_dy = true;
+
   explicit Relu(const double*) {}
   VGKERN_INLINE Vec<R> forward(Vec<R> z) const { return max(Vec<R>(0), z); }
   VGKERN_INLINE Mask<R> on(Vec<R> z) const { return ~(z <= Vec<R>(0)); }
@@ -70,6 +73,8 @@ struct Relu : Traits<Reads::mask> {
 
 template <class R, class M>
 struct Relu6 : Traits<Reads::mask> {
+  static constexpr bool passes_dy = true;
+
   explicit Relu6(const double*) {}
   VGKERN_INLINE Vec<R> forward(Vec<R> z) const { return min(Vec<R>(6), max(Vec<R>(0), z)); }
   VGKERN_INLINE Mask<R> on(Vec<R> z) const { return ~((z <= Vec<R>(0)) | (z >= Vec<R>(6))); }

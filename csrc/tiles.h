@@ -268,23 +268,26 @@ VGKERN_INLINE void claim_block(T* base, const Block<R, COLUMNS>& at, Outputs out
   });
 }
 
-template <int VECTORS, class T, class R, int COLUMNS>
+// `EXACT`: v holds numbers of T.
+template <bool EXACT = false, int VECTORS, class T, class R, int COLUMNS>
 VGKERN_INLINE void store_block(const Vec<R> (&v)[VECTORS], T* base, const Block<R, COLUMNS>& at, Outputs outputs) {
   constexpr int kLast = VECTORS - 1;
   if (COLUMNS == 1 && !at.whole()) {
-    unroll<kLast / 2>([&](auto j) VGKERN_LAMBDA { store_pair(base + at.element_of(2 * j), v[2 * j], v[2 * j + 1]); });
+    unroll<kLast / 2>([&](auto j)
+                          VGKERN_LAMBDA { store_pair<EXACT>(base + at.element_of(2 * j), v[2 * j], v[2 * j + 1]); });
     if constexpr (VECTORS == 1) {
       store(base + at.element_of(0), v[0], at.lanes);
     } else {
-      store_pair(base + at.element_of(kLast - 1), v[kLast - 1], v[kLast], at.lanes);
+      store_pair<EXACT>(base + at.element_of(kLast - 1), v[kLast - 1], v[kLast], at.lanes);
     }
   } else if constexpr (VECTORS == 1) {
     outputs == Outputs::streamed ? stream(base + at.element_of(0), v[0]) : store(base + at.element_of(0), v[0]);
   } else if (outputs == Outputs::streamed) {
     unroll<VECTORS / 2>([&](auto j)
-                            VGKERN_LAMBDA { stream_pair(base + at.element_of(2 * j), v[2 * j], v[2 * j + 1]); });
+                            VGKERN_LAMBDA { stream_pair<EXACT>(base + at.element_of(2 * j), v[2 * j], v[2 * j + 1]); });
   } else {
-    unroll<VECTORS / 2>([&](auto j) VGKERN_LAMBDA { store_pair(base + at.element_of(2 * j), v[2 * j], v[2 * j + 1]); });
+    unroll<VECTORS / 2>([&](auto j)
+                            VGKERN_LAMBDA { store_pair<EXACT>(base + at.element_of(2 * j), v[2 * j], v[2 * j + 1]); });
   }
 }
 
@@ -907,7 +910,7 @@ struct ReducePass {
         NormalisedResidual<T, VECTORS, COLUMNS, kRare>(tile, channel, at, d.dz).template reduce<S>(pass.residual_sums);
       } else if (tile.dresidual) {
         claim_block<VECTORS>(static_cast<T*>(tile.dresidual), at, tile.outputs);
-        store_block(d.dz, static_cast<T*>(tile.dresidual), at, tile.outputs);
+        store_block<F::passes_dy>(d.dz, static_cast<T*>(tile.dresidual), at, tile.outputs);
       }
       if (!USUAL && tile.dz) {
         unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { store(static_cast<T*>(tile.dz) + at.dz_of(j), d.dz[j]); });

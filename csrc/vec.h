@@ -420,6 +420,13 @@ VGKERN_INLINE __m512i to_bfloat16(Vec<float> a, Vec<float> b) {
   return _mm512_mask_add_epi16(upper, _mm512_cmpgt_epu16_mask(rest, half), upper, one);
 }
 
+// The same; `EXACT` says that they hold numbers of bfloat16, so that there is nothing to round.
+template <bool EXACT>
+VGKERN_INLINE __m512i narrow_to_bfloat16(Vec<float> a, Vec<float> b) {
+  if constexpr (EXACT) return halves_of<1>(a, b);
+  return to_bfloat16(a, b);
+}
+
 template <class T>
 VGKERN_INLINE __m256i to_halves(Vec<float> v) {
   if constexpr (std::is_same_v<T, bfloat16>) return _mm512_castsi512_si256(to_bfloat16(v, v));
@@ -519,19 +526,20 @@ VGKERN_INLINE void load_pair(const T* p, Vec<R>& a, Vec<R>& b) {
   a = load(p);
   b = load(p + kLanes<R>);
 }
-template <class T, class R>
+// `EXACT`: they hold numbers of T, which saves bfloat16 the rounding.
+template <bool EXACT = false, class T, class R>
 VGKERN_INLINE void store_pair(T* p, Vec<R> a, Vec<R> b) {
 #if VGKERN_AVX512
-  if constexpr (std::is_same_v<T, bfloat16>) return _mm512_storeu_si512(p, to_bfloat16(a, b));
+  if constexpr (std::is_same_v<T, bfloat16>) return _mm512_storeu_si512(p, narrow_to_bfloat16<EXACT>(a, b));
 #endif
   store(p, a);
   store(p + kLanes<R>, b);
 }
-template <class T, class R>
+template <bool EXACT = false, class T, class R>
 VGKERN_INLINE void stream_pair(T* p, Vec<R> a, Vec<R> b) {
 #if VGKERN_AVX512
   if constexpr (std::is_same_v<T, bfloat16>) {
-    const __m512i both = to_bfloat16(a, b);
+    const __m512i both = narrow_to_bfloat16<EXACT>(a, b);
     _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(both));
     _mm256_stream_si256(reinterpret_cast<__m256i*>(p) + 1, _mm512_extracti64x4_epi64(both, 1));
     return;
@@ -620,11 +628,11 @@ VGKERN_INLINE void store(T* p, Vec<R> v, int lanes) {
 }
 
 // Two vectors side by side, the first `lanes` lanes of the second.
-template <class T, class R>
+template <bool EXACT = false, class T, class R>
 VGKERN_INLINE void store_pair(T* p, Vec<R> a, Vec<R> b, int lanes) {
 #if VGKERN_AVX512
   if constexpr (std::is_same_v<T, bfloat16>) {
-    return _mm512_mask_storeu_epi16(p, (1u << 16 << lanes) - 1, to_bfloat16(a, b));
+    return _mm512_mask_storeu_epi16(p, (1u << 16 << lanes) - 1, narrow_to_bfloat16<EXACT>(a, b));
   }
 #endif
   store(p, a);
