@@ -46,9 +46,9 @@ void load_torch_objects() {
           {held("torch._C", "_len_torch_function_stack"), py::int_(0).release().ptr()},
           {held("torch._C", "_are_functorch_transforms_active"), py::bool_(false).release().ptr()},
           {held("torch._C", "_get_tracing_state"), py::none().release().ptr()},
+          {held("torch.fx._symbolic_trace", "is_fx_symbolic_tracing"), py::bool_(false).release().ptr()},
       },
       {
-          flag("torch.fx._symbolic_trace", "_is_fx_tracing_flag", py::bool_(false)),
           flag("torch.autograd.forward_ad", "_current_level", py::int_(-1)),
           flag("torch.autograd.profiler", "_is_profiler_enabled", py::bool_(false)),
       },

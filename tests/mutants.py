@@ -336,13 +336,15 @@ FAULTS = [
           "toward_zero<T>(narrow(Wide<R>(load(x + i)) * wide_factor))", "narrow(Wide<R>(load(x + i)) * wide_factor)",
           "tests/test_gradient_norms.py|cpu and half"),
     Fault("relu'(0) = 1", "csrc/activations.h",
-          "Relu : Traits<Reads::mask> {\n  explicit Relu(const double*) {}\n"
+          "  explicit Relu(const double*) {}\n"
           "  VGKERN_INLINE Vec<R> forward(Vec<R> z) const { return max(Vec<R>(0), z); }\n"
           "  VGKERN_INLINE Mask<R> on(Vec<R> z) const { return ~(z <= Vec<R>(0)); }",
-          "Relu : Traits<Reads::mask> {\n  explicit Relu(const double*) {}\n"
+          "  explicit Relu(const double*) {}\n"
           "  VGKERN_INLINE Vec<R> forward(Vec<R> z) const { return max(Vec<R>(0), z); }\n"
           "  VGKERN_INLINE Mask<R> on(Vec<R> z) const { return ~(z < Vec<R>(0)); }",
           "tests/test_values.py|cpu"),
+    Fault("a leaky slope's product cut off", "csrc/activations.h", "struct LeakyRelu : Traits<Reads::mask> {\n",
+          "struct LeakyRelu : Traits<Reads::mask> {\n  static constexpr bool passes_dy = true;\n", CPU_KERNELS),
     Fault("a leaky slope lost in the backward", "csrc/activations.h",
           "select(on, dy, dy * slope)", "select(on, dy, dy)", CPU_GRID),
     Fault("a tail counted as dead", "csrc/tiles.h", "bits(mask) : bits(mask) & at.bits()", "bits(mask) : bits(mask)",
@@ -497,7 +499,9 @@ FAULTS = [
         "transforms":
             '          {held("torch._C", "_are_functorch_transforms_active"), py::bool_(false).release().ptr()},\n',
         "jit.trace": '          {held("torch._C", "_get_tracing_state"), py::none().release().ptr()},\n',
-        "fx": '          flag("torch.fx._symbolic_trace", "_is_fx_tracing_flag", py::bool_(false)),\n',
+        "fx":
+            '          {held("torch.fx._symbolic_trace", "is_fx_symbolic_tracing"), '
+            "py::bool_(false).release().ptr()},\n",
         "forward mode": '          flag("torch.autograd.forward_ad", "_current_level", py::int_(-1)),\n',
         "the profiler": '          flag("torch.autograd.profiler", "_is_profiler_enabled", py::bool_(false)),\n',
     }.items()),
