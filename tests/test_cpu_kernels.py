@@ -134,6 +134,23 @@ def test_same_bits_on_any_number_of_threads(shape, rows, dtype, mode, activation
 
 
 @pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dz_is_rounded_to_the_nearest(isa, dtype, rows):
+    """Also where it is dy or 0, and there is nothing to round; over whole vectors, and what is left of one."""
+    activations = [("relu", {}), ("relu6", {}), ("leaky_relu", {"negative_slope": 0.3}), ("hardsigmoid", {})]
+    for (activation, given), width in itertools.product(activations, (64, 75)):
+        spec = resolve(activation, given)
+        shape = (3, width, 2, 2) if rows else (3, 5, 1, width)
+        arguments, dy = _arguments(shape, dtype, activation=activation, rows=rows)
+        arguments = (*arguments[:10], list(spec.args), True)
+        got = _forward_and_backward(arguments, dy)["dresidual"]
+        slopes = torch.tensor(TABLE[activation].slopes(*spec.args), dtype=torch.float32)
+        on, off = (slope * dy.float() for slope in slopes)
+        assert ((got == on.to(dtype)) | (got == off.to(dtype))).all()
+        assert len(got.unique()) > 5
+
+
+@pytest.mark.parametrize("rows", [False, True])
 def test_what_is_wanted_does_not_change_what_is_computed(rows):
     """dx is made from dz as it was written, or again from dy: to the same bits."""
     for activation, dtype in itertools.product(("relu", "gelu", "identity"), DTYPES):
@@ -223,12 +240,23 @@ def test_environment_variable_chooses_the_instruction_set():
 
 
 def test_environment_variable_with_an_unknown_instruction_set():
-    code = "import vgkern; print(vgkern.backends.available()['cpu']); print(vgkern.backends.name_of('cpu'))"
+    code = """
+import torch, vgkern
+from vgkern.backends import reference
+
+print(vgkern.backends.available()["cpu"])
+print(vgkern.backends.name_of("cpu"))
+run = reference.batch_norm_act_forward
+reference.batch_norm_act_forward = lambda *args: print("by reference") or run(*args)
+vgkern.nn.BatchNormAct2d(2)(torch.randn(2, 2, 3, 3, requires_grad=True)).sum().backward()
+vgkern.functional.add_act(torch.randn(2, 2))
+"""
     result = _run_python(code, VGKERN_CPU_ISA="mmx")
-    reason, backend = result.stdout.splitlines()
+    reason, backend, *ran = result.stdout.splitlines()
     assert "mmx" in reason
     assert "baseline" in reason
     assert backend == "reference"
+    assert ran == ["by reference"] * 2
 
 
 # ---- The process ---------------------------------------------------------------------------------------------------

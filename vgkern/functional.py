@@ -208,7 +208,7 @@ def step(
     it. ``group`` says that statistics of the batch are those of the batches of all its processes.
     """
     if group is None and cpu.node_step is not None and not torch.compiler.is_dynamo_compiling():
-        # The usual call in one: 14 µs with cold caches, where what stands below takes 40.
+        # The usual call in one: 3 µs less than what stands below, and more with cold caches.
         y = cpu.node_step(
             input, residual, weight, bias, activation_weight, probe, running_mean, running_var, counter,
             training, momentum, eps, spec.name, spec.args, bounds, follow,

@@ -29,18 +29,21 @@ except ImportError as error:
     _reason: str | None = f"the extension vgkern._C is not built, or cannot be loaded ({error})"
     _DTYPE: dict[torch.dtype, int] = {}
     _ACTIVATION: dict[str, int] = {}
-    node_forward = node_backward = node_step = None
 else:
     _reason = None
     _DTYPE = {getattr(torch, name): code for code, name in enumerate(_C.dtype_names())}
     _ACTIVATION = {name: code for code, name in enumerate(_C.activation_names())}
-    node_forward, node_backward, node_step = _C.node_forward, _C.node_backward, _C.node_step
     _forced_isa = os.environ.get("VGKERN_CPU_ISA")
     if _forced_isa:
         try:
             _C.use_isa(_forced_isa)
         except ValueError as error:
             _reason = f"VGKERN_CPU_ISA: {error}"
+
+# The node of vgkern.functional, forward and backward, and a usual step in one; None where this backend is not usable.
+node_forward = node_backward = node_step = None
+if _reason is None:
+    node_forward, node_backward, node_step = _C.node_forward, _C.node_backward, _C.node_step
 
 
 def set_up_node(config: type, apply: Any) -> None:
