@@ -71,8 +71,8 @@ bool fills_what_is_empty() {
 
 bool is_deterministic() { return says_yes(torch().are_deterministic_algorithms_enabled); }
 
-// Contiguous.
-py::object small_tensor(std::initializer_list<int64_t> sizes, DLDataType dtype) {
+// Contiguous. Only the mask of a tensor of 8 Mi elements is so large that it comes from the pool.
+py::object contiguous_tensor(std::initializer_list<int64_t> sizes, DLDataType dtype) {
   if (is_deterministic() || !has_exchange_table()) {
     const py::handle module = torch().module;
     const auto type = module.attr(dtype == kUInt8Type ? "uint8" : "float64");
@@ -85,7 +85,9 @@ py::object small_tensor(std::initializer_list<int64_t> sizes, DLDataType dtype) 
     count *= sizes.begin()[i];
   }
   auto* shape = const_cast<int64_t*>(sizes.begin());
-  return as_object(OwnedTensor::make({nullptr, {}, static_cast<int32_t>(sizes.size()), dtype, shape, strides, 0}, {}));
+  const DLTensor like{nullptr, {}, static_cast<int32_t>(sizes.size()), dtype, shape, strides, 0};
+  const size_t bytes = bytes_of(like);
+  return as_object(OwnedTensor::make(like, bytes < kPooled ? MemoryBlock{} : acquire_memory(bytes)));
 }
 
 // Those of vgkern.ops, for x.
@@ -122,14 +124,14 @@ py::object output_like(PyObject* x, const View& view) {
   return empty_like(x);
 }
 
-py::object statistics_of(const Shape& x) { return small_tensor({3, x.channels}, kFloat64Type); }
+py::object statistics_of(const Shape& x) { return contiguous_tensor({3, x.channels}, kFloat64Type); }
 
 py::object mask_of(const Shape& x) {
   const int64_t inner = x.rows ? x.channels : x.spatial;
-  return small_tensor({x.batch * x.channels * x.spatial / inner, (inner + 7) / 8}, kUInt8Type);
+  return contiguous_tensor({x.batch * x.channels * x.spatial / inner, (inner + 7) / 8}, kUInt8Type);
 }
 
-py::object new_record() { return small_tensor({kRecordFields}, kFloat64Type); }
+py::object new_record() { return contiguous_tensor({kRecordFields}, kFloat64Type); }
 
 void add_output_functions(py::module_& module) {
   static PyMethodDef functions[] = {

@@ -440,6 +440,8 @@ FAULTS = [
     Fault("an output with the strides of another", OUTPUTS, "std::copy_n(like.strides, like.ndim, tensor->strides);",
           "std::reverse_copy(like.strides, like.strides + like.ndim, tensor->strides);",
           f"{MEMORY}|empty_like or small"),
+    Fault("a large mask on the heap", OUTPUTS, "bytes < kPooled ? MemoryBlock{} : acquire_memory(bytes)",
+          "MemoryBlock{}", f"{MEMORY}|mask"),
     Fault("an output with gaps", OUTPUTS, "if (in_a_format && ", "if (", MEMORY),
     Fault("integers of the pool", OUTPUTS, "code_of(view.dtype) >= 0 && ", "", MEMORY),
     Fault("small outputs by DLPack with the pool off", OUTPUTS, "memory_statistics().limit != 0 && ", "",

@@ -339,6 +339,19 @@ def test_what_a_kernel_leaves_out_shows_where_torch_fills_what_is_empty(monkeypa
     assert (mask == 255).all()
 
 
+def test_the_mask_of_a_large_tensor_is_the_pools(unfilled):
+    x = torch.empty(8, 1024, 32, 33, dtype=torch.bfloat16)
+    mask = _C.new_mask(x)
+    assert (mask.shape, mask.dtype) == ((8 * 1024, 132), torch.uint8)
+    assert _in_use() >= mask.nbytes
+    memory.set_limit(0)
+    other = _C.new_mask(x)
+    assert _in_use() < 2 * mask.nbytes
+    assert torch.equal(other.fill_(3), mask.fill_(3))
+    del mask
+    assert _in_use() == 0
+
+
 def test_small_outputs_live_as_long_as_something_needs_them(unfilled):
     x = torch.empty(4, 1000)
     y = _C.new_output(x).fill_(7.0)
