@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import sys
 
 import pytest
@@ -479,6 +480,41 @@ def test_the_usual_call_in_one_gives_the_same_bits(call, monkeypatch):
         results.append(call.results())
     assert results[0] == results[1]
     assert answers == [call.usual] * 2
+
+
+def _errors(layer, x, residual):
+    with contextlib.suppress(RuntimeError):
+        layer(x, residual[:, :, 1:])
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda layer, x, residual: torch.autograd.grad(layer(x, residual).sum(), [x, residual, *layer.parameters()]),
+        lambda layer, x, residual: torch.autograd.grad(layer(x).sum(), x, create_graph=True),
+        lambda layer, x, residual: layer.eval()(x.detach(), residual.detach()),
+        _errors,
+    ],
+    ids=["both passes", "second order", "eval mode", "refused"],
+)
+def test_a_step_keeps_no_reference(step):
+    """What C++ forgets to give back shows in the counts of what every step takes."""
+    layer = BatchNormAct2d(7, activation="leaky_relu", activation_args={"negative_slope": 0.3})
+    x, residual = _inputs()
+    things = [
+        layer.weight, layer.bias, layer.running_mean, layer.num_batches_tracked, layer._probe, x, residual,
+        layer.activation.args, layer._bounds, layer.momentum, layer.eps, functional._Config, functional._config,
+        torch.contiguous_format, backends, None, True, False,
+    ]  # fmt: skip
+    for _ in range(20):
+        step(layer, x, residual)
+    gc.collect()
+    objects, counts = len(gc.get_objects()), [sys.getrefcount(thing) for thing in things]
+    for _ in range(200):
+        step(layer, x, residual)
+    gc.collect()
+    assert len(gc.get_objects()) - objects < 50
+    assert max(sys.getrefcount(thing) - count for thing, count in zip(things, counts, strict=True)) < 50
 
 
 def test_training_of_any_truth_is_training(monkeypatch):
