@@ -76,7 +76,8 @@ class _BatchNormActDirect(torch.autograd.Function):
 # there is nothing in an unwatched call; the method of its base class is what it calls in the end.
 _apply_direct = super(torch.autograd.Function, _BatchNormActDirect).apply
 if cpu.node_step is not None:
-    _BatchNormActDirect._backward_cls.apply = cpu.node_backward
+    node: Any = _BatchNormActDirect._backward_cls
+    node.apply = cpu.node_backward
     cpu.set_up_node(_Config, _apply_direct)
 
 

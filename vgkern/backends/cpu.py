@@ -41,9 +41,9 @@ else:
             _reason = f"VGKERN_CPU_ISA: {error}"
 
 # The node of vgkern.functional, forward and backward, and a usual step in one; None where this backend is not usable.
-node_forward = node_backward = node_step = None
-if _reason is None:
-    node_forward, node_backward, node_step = _C.node_forward, _C.node_backward, _C.node_step
+node_forward: Any = _C.node_forward if _reason is None else None
+node_backward: Any = _C.node_backward if _reason is None else None
+node_step: Any = _C.node_step if _reason is None else None
 
 
 def set_up_node(config: type, apply: Any) -> None:
