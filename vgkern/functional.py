@@ -58,7 +58,7 @@ class _BatchNormAct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, *_):
-        return *_backward(ctx, dy, ops.batch_norm_act_backward), None, None, None
+        return *_backward(ctx, dy), None, None, None
 
 
 class _BatchNormActDirect(torch.autograd.Function):
@@ -69,7 +69,7 @@ class _BatchNormActDirect(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         """What ``cpu.node_backward`` leaves: it asks anew, for this pass may be watched where the forward was not."""
-        return *_backward(ctx, dy, ops.batch_norm_act_backward), None
+        return *_backward(ctx, dy), None
 
 
 # Function.apply inspects the signature of forward at every call, which takes 40 µs, and looks for torch.func, of which
@@ -99,8 +99,8 @@ def _save(ctx, inputs, statistics, mask):
     )  # fmt: skip
 
 
-def _backward(ctx, dy, run):
-    """The gradients of all inputs up to the probe, by ``run``: the operator, or what it would run."""
+def _backward(ctx, dy):
+    """The gradients of all inputs up to the probe, by the operator."""
     if dy is None:
         return (None,) * 6
     x, residual, mask, statistics, weight, bias, activation_weight, running_mean, running_var = ctx.saved_tensors
@@ -116,7 +116,7 @@ def _backward(ctx, dy, run):
     need_dx = need_x or (shared and need_residual)
     passed_on = activation == "identity" and not shared
     want_dresidual = need_residual and not (shared or passed_on)
-    dx, dresidual, dweight, dbias, dactivation_weight, record = run(
+    dx, dresidual, dweight, dbias, dactivation_weight, record = ops.batch_norm_act_backward(
         dy, x, residual, mask, statistics, weight, bias, activation_weight,
         training, eps, activation, args, min_norm, max_norm,
         [need_dx, want_dresidual, need_weight, need_bias, need_activation_weight, need_record],
