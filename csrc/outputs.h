@@ -1,8 +1,9 @@
 // The tensors that a call makes, uninitialised: in memory of the pool where they are large, and on the C library's heap
 // where they are small, which takes half of torch.empty's time. Their storage cannot be resized.
 //
-// Where torch is to fill what is empty (deterministic algorithms), the large ones are filled, and torch makes the small
-// ones, as it does where it has no table of functions. All throw py::error_already_set or std::bad_alloc.
+// Where torch is to fill what is empty (deterministic algorithms), large outputs are filled, and torch makes small
+// ones, statistics, masks and records, as it does where it has no table of functions. All throw py::error_already_set
+// or std::bad_alloc.
 #pragma once
 
 #include <pybind11/pybind11.h>

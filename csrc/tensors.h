@@ -53,7 +53,7 @@ bool is_channels_last(const View& tensor);
 // py::error_already_set; the memory is then released.
 pybind11::object as_object(DLManagedTensorVersioned* tensor);
 
-// Whether torch has the table of functions, without which as_object takes 10 µs.
+// Whether torch has the table of functions, without which as_object goes by a capsule and Python.
 bool has_exchange_table();
 
 // (parameters, gradients, Arrays of the gradients) of those that have a gradient, each gradient once; None if a

@@ -290,6 +290,26 @@ def test_both_gradients_of_add_act_may_be_changed_by_their_owners(backend, devic
         assert torch.equal(inputs[1].grad, kept)
 
 
+def test_an_undefined_gradient_stays_undefined(backend, device):
+    """What PyTorch's own operations hand on where nothing came; and the record counts no pass."""
+
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None
+
+    layer = BatchNormAct2d(SHAPE[1]).to(device)
+    x = torch.randn(SHAPE, device=device, requires_grad=True)
+    Stop.apply(layer(x)).sum().backward()
+    assert x.grad is None
+    assert layer.weight.grad is None
+    assert layer.grad_stats() is None
+
+
 def test_accumulation_into_grad(backend, device):
     inputs = _inputs(device)
     once = torch.autograd.grad(_fused(*inputs).sum(), inputs)

@@ -133,6 +133,21 @@ def test_same_bits_on_any_number_of_threads(shape, rows, dtype, mode, activation
     assert all(results == seen[0] for results in seen)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 70, 40, 40), (2, 300, 24, 24), (2, 40, 33, 31)], ids=str)
+def test_one_pass_takes_many_channels_to_the_bits_of_each_alone(shape, dtype):
+    """Long runs of planes, aligned and not; the last group of channels is smaller."""
+    arguments, _ = _arguments(shape, dtype, mode="running")
+    y, _, mask = cpu.batch_norm_act_forward(*arguments)
+    mask = mask.view(shape[0], shape[1], -1)
+    for c in range(shape[1]):
+        x, residual = (t[:, c : c + 1].contiguous() for t in arguments[:2])
+        of_channel = [None if t is None else t[c : c + 1] for t in arguments[2:6]]
+        y_of_channel, _, mask_of_channel = cpu.batch_norm_act_forward(x, residual, *of_channel, *arguments[6:])
+        assert torch.equal(y[:, c : c + 1], y_of_channel)
+        assert torch.equal(mask[:, c], mask_of_channel)
+
+
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_dz_is_rounded_to_the_nearest(isa, dtype, rows):

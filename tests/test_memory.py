@@ -116,8 +116,9 @@ def test_it_is_what_empty_like_gives_on_huge_pages(kind, dtype):
         torch.empty(1024, 1024)[:, ::2],
         torch.empty(MIB, dtype=torch.int32).view(1024, 1024).t(),
         torch.empty(MIB, dtype=torch.int32),
+        torch.empty(64, 32, 40, 40).contiguous(memory_format=torch.channels_last)[::2],
     ],
-    ids=["small", "empty", "expanded", "step 2", "transposed", "integers"],
+    ids=["small", "empty", "expanded", "step 2", "transposed", "integers", "a batch with gaps"],
 )
 def test_other_tensors_come_from_torch(x):
     before = memory.stats()

@@ -453,6 +453,7 @@ CALLS = [
     _Call("residual in another format", False, residual=_channels_last),
     _Call("residual of another type", False, residual=lambda r: r.bfloat16()),
     _Call("input in no format", False, x=lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)),
+    _Call("a batch with gaps", False, x=lambda x: _channels_last(x.repeat_interleave(2, 0))[::2]),
     _Call("prelu", False, activation="prelu"),
     _Call("the average of all batches", False, momentum=None),
     _Call("a momentum that is no float", False, momentum=1),
