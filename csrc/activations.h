@@ -1,7 +1,7 @@
 // The activation functions φ: one functor and one row of VGKERN_ACTIVATIONS each, under the names of
 // vgkern/activations.py, whose order of arguments is that of `args`.
 //
-// R is the type of arithmetic, M the functions of simd_math.h to use. What a functor offers depends on what its
+// R is the type of arithmetic, M the Math of simd_math.h to use. What a functor offers depends on what its
 // backward pass reads:
 //
 //     Reads::nothing   forward(z)                        backward(dy, z) = dy
@@ -215,14 +215,14 @@ struct Mish : Traits<Reads::z> {
   VGKERN_INLINE Vec<R> forward(Vec<R> z) const {
     const Vec<R> e = exp<M>(min(Vec<R>(kSaturated), z));
     const Vec<R> n = e * (e + R(2));
-    return z * (n / (n + R(2)));
+    return z * quotient<M>(n, n + R(2));
   }
   // n / (n + 2) + z·4eᶻ(eᶻ + 1) / (n + 2)²
   VGKERN_INLINE Vec<R> derivative(Vec<R> z) const {
     const Vec<R> bounded = min(Vec<R>(kSaturated), z);
     const Vec<R> e = exp<M>(bounded);
     const Vec<R> n = e * (e + R(2));
-    const Vec<R> r = R(1) / (n + R(2));
+    const Vec<R> r = quotient<M>(Vec<R>(1), n + R(2));
     const Vec<R> factor = fma(z, Vec<R>(0), bounded);  // z where it matters, and NaN at inf, as PyTorch has it
     return r * fma(factor * (e * (e + R(1))), R(4) * r, n);
   }

@@ -59,14 +59,11 @@ std::vector<bool> clip_by_unit(const Arrays& weights, const Arrays& gradients, d
   return clip_units(kernels(), weights.list, gradients.list, clip_factor, eps, p, threads);
 }
 
-void apply_math(const std::string& name, uintptr_t in, uintptr_t out, int64_t count, const std::string& kind) {
-  const KernelTable& table = kernels();
-  const Pointer from{in}, to_{out};
-  const auto in_float = kind == "coarse" ? table.apply_math_coarse : table.apply_math_float;
-  const bool known = kind == "float64"
-                         ? table.apply_math_double(name.c_str(), to<const double>(from), to<double>(to_), count)
-                         : in_float(name.c_str(), to<const float>(from), to<float>(to_), count);
-  if (!known) throw std::invalid_argument("no mathematical function '" + name + "'");
+void apply_math(const std::string& name, uintptr_t in, uintptr_t out, int64_t count, int dtype) {
+  const Pointer from{in}, into{out};
+  if (!kernels().apply_math[dtype](name.c_str(), to<const void>(from), to<void>(into), count)) {
+    throw std::invalid_argument("no mathematical function '" + name + "'");
+  }
 }
 
 std::vector<std::string> activation_names() {
@@ -140,9 +137,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &available_isas, "Instruction sets that this machine runs, the best first.");
   m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");
   m.def("apply_math", &apply_math, py::arg("name"), py::arg("in_ptr"), py::arg("out_ptr"), py::arg("n"),
-        py::arg("kind"),
-        "A function of csrc/simd_math.h over an array, in the instruction set in use; for tests. The kind is float32, "
-        "coarse (float32 as half-precision tensors are computed with) or float64.");
+        py::arg("dtype"),
+        "A function of csrc/simd_math.h, as tensors of a type are computed with, over an array of the type of "
+        "arithmetic (float32 for half precision), in the instruction set in use; for tests.");
   m.def("set_cache_bytes", &set_cache_bytes, py::arg("bytes"),
         "Has the last level of cache taken to be of that size, which decides what is written past it; returns what it "
         "was. For tests.");

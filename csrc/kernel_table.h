@@ -147,10 +147,9 @@ struct KernelTable {
   // columns of each channel added up and to its sum.
   void (*to_columns[kDataTypes])(const void* channels, int64_t count, int64_t width, void* columns);
   void (*add_columns)(const double* columns, int64_t count, int64_t width, double* sums);
-  // The functions of simd_math.h, for tests: false where there is none of that name.
-  bool (*apply_math_float)(const char* name, const float* in, float* out, int64_t count);
-  bool (*apply_math_coarse)(const char* name, const float* in, float* out, int64_t count);
-  bool (*apply_math_double)(const char* name, const double* in, double* out, int64_t count);
+  // The functions of simd_math.h as tensors of a type are computed with, over arrays of the type of arithmetic, for
+  // tests: false where there is none of that name.
+  bool (*apply_math[kDataTypes])(const char* name, const void* in, void* out, int64_t count);
   // `following` elements lie behind the `count` of x and are to be worked on next: they are prefetched.
   NormPart (*norm[kDataTypes])(const void* x, int64_t count, int64_t following, NormKind kind, double p);  // 1 unit
   void (*scale[kDataTypes])(void* x, int64_t count, int64_t following, double factor);                     // 2 units

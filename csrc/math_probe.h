@@ -1,8 +1,6 @@
 // simd_math.h laid open to tests: each function by name, over an array.
 //
-//     apply_math<Math<float>>("tanh", in, out, n)     false if there is no such function
-//
-// An instruction set's translation unit instantiates it for the three kinds of Math.
+//     apply_math<bfloat16>("tanh", in, out, n)     false if there is no such function
 #pragma once
 
 #include <cstring>
@@ -23,14 +21,18 @@
 namespace vgkern {
 namespace {
 
-template <class M, class R>
-bool apply_math(const char* name, const R* in, R* out, int64_t n) {
+template <class T>
+bool apply_math(const char* name, const void* in, void* out, int64_t n) {
+  using M = Math<T>;
+  using R = Opmath<T>;
+  const R* from = static_cast<const R*>(in);
+  R* to = static_cast<R*>(out);
 #define VGKERN_APPLY(function, expression)                                       \
   if (std::strcmp(name, #function) == 0) {                                       \
     for (int64_t i = 0; i < n; i += kLanes<R>) {                                 \
       const int lanes = n - i < kLanes<R> ? static_cast<int>(n - i) : kLanes<R>; \
-      const Vec<R> x = load(in + i, lanes, R(0));                                \
-      store(out + i, expression, lanes);                                         \
+      const Vec<R> x = load(from + i, lanes, R(0));                              \
+      store(to + i, expression, lanes);                                          \
     }                                                                            \
     return true;                                                                 \
   }

@@ -98,6 +98,7 @@ VGKERN_INLINE F64 blend(__mmask8 m, F64 a, F64 b) { return _mm512_mask_blend_pd(
 VGKERN_INLINE F32 scale(F32 a, F32 n) { return _mm512_scalef_ps(a, n); }
 VGKERN_INLINE F64 scale(F64 a, F64 n) { return _mm512_scalef_pd(a, n); }
 VGKERN_INLINE F32 fraction(F32 a) { return _mm512_reduce_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+VGKERN_INLINE F32 nearest_fraction(F32 a) { return _mm512_reduce_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 VGKERN_INLINE F32 reciprocal_14_bits(F32 a) { return _mm512_rcp14_ps(a); }
 VGKERN_INLINE F64 widen_low(F32 a) { return _mm512_cvtps_pd(_mm512_castps512_ps256(a)); }
 VGKERN_INLINE F64 widen_high(F32 a) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)); }

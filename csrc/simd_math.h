@@ -16,12 +16,14 @@ namespace {
 // Polynomials, the highest power first: minimax for the relative error of the function they serve, found with a Remez
 // exchange in mpmath at 50 digits. In float, kExp, kLog1p and kTail were rounded one coefficient at a time from the
 // lowest power up, the rest being fitted anew each time; the others were fitted once and rounded.
-template <class R>
+//
+// T is the tensors' type in memory.
+template <class T>
 struct Math;
 
 template <>
 struct Math<float> {
-  static constexpr bool kCoarse = false;
+  static constexpr bool kCoarse = false, kBareReciprocal = false;
   static constexpr int kMantissaBits = 23;
   static constexpr int kBias = 127;
   static constexpr int kExcess = 64;  // an exponent that keeps 2ⁿ a normal number where eˣ no longer is one
@@ -54,7 +56,7 @@ struct Math<float> {
 
 template <>
 struct Math<double> {
-  static constexpr bool kCoarse = false;
+  static constexpr bool kCoarse = false, kBareReciprocal = false;
   static constexpr int kMantissaBits = 52;
   static constexpr int kBias = 1023;
   static constexpr int kExcess = 512;
@@ -95,22 +97,43 @@ struct Math<double> {
       -7.103041223035202e-01,  2.6946641301648464e+00,  -3.1370429349175524e+00, 1.75};
 };
 
-// What half-precision tensors are computed with: results good to 1.5e-5, a thirtieth of float16's unit in the last
-// place. The polynomials are minimax too, by Lawson's iteration in float64.
-struct CoarseMath : Math<float> {
+// What half-precision tensors are computed with, which have few digits to fill: polynomials as short as these need, and
+// minimax too, by Lawson's iteration in float64; the quotient of tanh by the same, its denominator's weight of the step
+// before.
+//
+// float16: results good to 1.6e-5, a thirtieth of its unit in the last place.
+template <>
+struct Math<float16> : Math<float> {
   static constexpr bool kCoarse = true;
   static constexpr float kExp[] = {4.1277748e-02f, 1.6753514e-01f, 5.0005114e-01f};
   // 2ˣ for 0 ≤ x ≤ 1
   static constexpr float kExp2[] = {1.3534169e-02f, 5.201146e-02f, 2.4144275e-01f, 6.9300383e-01f, 1.0000026e+00f};
+  static constexpr float kExp2Max = 128.25f;  // 2ˣ is inf from here up
+  // (2ˣ − 1) / x for |x| ≤ 1/2
+  static constexpr float kExp2m1[] = {9.618111e-03f, 5.5837288e-02f, 2.4023253e-01f, 6.9313687e-01f};
   static constexpr float kLog1p[] = {-2.4734516e-02f, 1.0359258e-01f, -2.1240416e-01f, 3.2622609e-01f, -4.9953946e-01f};
-  static constexpr float kTanh[] = {-4.3099634e-02f, 1.3152356e-01f, -3.3324513e-01f};
-  static constexpr float kTail[] = {1.3232367e-01f, -3.0341291e-01f, 1.595427e-03f, 2.9259479e-01f,
-                                    5.4318845e-01f, -1.6421435e+00f, 1.3750012e+00f};
+  // tanh(√u) / √u as a quotient, up to √u = kTanhMax, whose tanh is 1 but for 5e-6
+  static constexpr float kTanhMax = 6.5f;
+  static constexpr float kTanhOver[] = {4.2760021e-06f, 2.349169e-03f, 1.2382975e-01f, 9.999994e-01f};
+  static constexpr float kTanhUnder[] = {1.5023557e-04f, 2.1408131e-02f, 4.5715848e-01f, 1.0f};
+  // Φ(−a)·exp(a²/2)·(a + kTailOffset) as a polynomial of 1 / (a + kTailOffset)
+  static constexpr float kTailOffset = 3.8f;
+  static constexpr float kTail[] = {-7.9040479e+02f, 6.1796906e+02f, -6.1441578e+01f, 3.1021561e+01f,
+                                    4.4087262e+00f,  1.5511246e+00f, 3.9841157e-01f};
 };
 
-// For tensors of type T.
-template <class T>
-using MathOf = std::conditional_t<sizeof(T) == 2, CoarseMath, Math<Opmath<T>>>;
+// bfloat16: results good to 2.5e-4, a sixteenth of its unit in the last place at the most. For the forward.
+template <>
+struct Math<bfloat16> : Math<float16> {
+  static constexpr bool kBareReciprocal = true;  // the processor's, of 14 bits, without a step of Newton's
+  static constexpr float kExp2[] = {7.8024521e-02f, 2.2606716e-01f, 6.958335e-01f, 9.999252e-01f};
+  static constexpr float kLog1p[] = {4.3106232e-02f, -1.6136299e-01f, 3.0922472e-01f, -4.9777448e-01f};
+  static constexpr float kTanhMax = 5;  // but for 1e-4
+  static constexpr float kTanhOver[] = {6.7056593e-04f, 1.0241771e-01f, 9.9994808e-01f};
+  static constexpr float kTanhUnder[] = {1.2819894e-02f, 4.3543252e-01f, 1.0f};
+  static constexpr float kTailOffset = 2.7f;
+  static constexpr float kTail[] = {-1.2779186e+01f, 1.0956583e+01f, 1.5578479e+00f, 1.141633e+00f, 3.9734843e-01f};
+};
 
 // a / b, for b in 1 … 2⁶⁰ or NaN where M is coarse.
 template <class M, class R>
@@ -118,7 +141,7 @@ VGKERN_INLINE Vec<R> quotient(Vec<R> a, Vec<R> b) {
 #if VGKERN_AVX512
   if constexpr (M::kCoarse) {
     const Vec<R> r = reciprocal_14_bits(b);
-    return a * fma(r, fma(-b, r, Vec<R>(1)), r);
+    return a * (M::kBareReciprocal ? r : fma(r, fma(-b, r, Vec<R>(1)), r));
   }
 #endif
   return a / b;
@@ -169,10 +192,15 @@ VGKERN_INLINE Exponential<R> split_exp(Vec<R> x, R bias, Rest... rest) {
 }
 
 #if VGKERN_AVX512
-// eˣ for every x, from the fraction of x·log₂e.
+// 2ˣ for every x, from its fraction.
+template <class M>
+VGKERN_INLINE Vec<float> exp2_coarse(Vec<float> x) {
+  return scale(polynomial(fraction(x), M::kExp2), x);
+}
+
+template <class M>
 VGKERN_INLINE Vec<float> exp_coarse(Vec<float> x) {
-  const Vec<float> t = x * Vec<float>(CoarseMath::kLog2E);
-  return scale(polynomial(fraction(t), CoarseMath::kExp2), t);
+  return exp2_coarse<M>(x * Vec<float>(M::kLog2E));
 }
 #endif
 
@@ -180,7 +208,7 @@ VGKERN_INLINE Vec<float> exp_coarse(Vec<float> x) {
 template <class M, class R, class... Rest>
 VGKERN_INLINE Vec<R> exp_in_range(Vec<R> x, Rest... rest) {
 #if VGKERN_AVX512
-  if constexpr (M::kCoarse) return exp_coarse(x);
+  if constexpr (M::kCoarse) return exp_coarse<M>(x);
   const Exponential<R> e = split_exp<M>(x, R(0), rest...);
   return scale(e.p + R(1), e.n);
 #else
@@ -195,7 +223,7 @@ VGKERN_INLINE Vec<R> exp_in_range(Vec<R> x, Rest... rest) {
 template <class M, class R>
 VGKERN_INLINE Vec<R> exp(Vec<R> x) {
 #if VGKERN_AVX512
-  if constexpr (M::kCoarse) return exp_coarse(x);
+  if constexpr (M::kCoarse) return exp_coarse<M>(x);
 #endif
   x = min(Vec<R>(M::kExpMax), max(Vec<R>(M::kExpMin), x));
 #if VGKERN_AVX512
@@ -215,7 +243,7 @@ VGKERN_INLINE Vec<R> exp(Vec<R> x) {
 template <class M, class R>
 VGKERN_INLINE Vec<R> exp_negative_abs(Vec<R> x) {
 #if VGKERN_AVX512
-  if constexpr (M::kCoarse) return exp_coarse(negative_abs(x));
+  if constexpr (M::kCoarse) return exp_coarse<M>(negative_abs(x));
 #endif
   return exp_in_range<M>(max(Vec<R>(M::kExpMin), negative_abs(x)));
 }
@@ -223,6 +251,14 @@ VGKERN_INLINE Vec<R> exp_negative_abs(Vec<R> x) {
 // eˣ − 1. Float ≤ 1.56 ULP (no fma 1.67), double ≤ 2.13 (2.23).
 template <class M, class R>
 VGKERN_INLINE Vec<R> expm1(Vec<R> x) {
+#if VGKERN_AVX512
+  if constexpr (M::kCoarse) {
+    const Vec<R> t = min(Vec<R>(M::kExp2Max), x * R(M::kLog2E)), rest = nearest_fraction(t);
+    const Vec<R> half = scale(Vec<R>(0.5), t - rest);  // of 2ⁿ, which itself may overflow
+    const Vec<R> y = fma(half, rest * polynomial(rest, M::kExp2m1), half - R(0.5));
+    return y + y;
+  }
+#endif
   const Vec<R> bounded = min(Vec<R>(M::kExpMax), max(Vec<R>(M::kExpm1Min), x));
   const Exponential<R> e = split_exp<M>(bounded, R(M::kBias - 1));
   const Vec<R> half = as_real<R>(e.exponent << M::kMantissaBits);  // of 2ⁿ, which itself may overflow
@@ -234,13 +270,18 @@ VGKERN_INLINE Vec<R> expm1(Vec<R> x) {
 // Float ≤ 1.35 ULP (no fma 1.37), double ≤ 1.33.
 template <class M, class R>
 VGKERN_INLINE Vec<R> tanh(Vec<R> x) {
-  const Vec<R> a = abs(x);
-  const Exponential<R> e = split_exp<M>(min(Vec<R>(M::kTanhMax), a + a), R(M::kBias));
-  const Vec<R> power = as_real<R>(e.exponent << M::kMantissaBits);
-  const Vec<R> large = R(1) - quotient<M>(Vec<R>(2), fma(power, e.p, power + R(1)));
-  const Vec<R> square = x * x;
-  const Vec<R> small = fma(a * square, polynomial(square, M::kTanh), a);
-  return with_sign(select(a < Vec<R>(R(0.55)), small, large), x);
+  if constexpr (M::kCoarse) {
+    const Vec<R> bounded = min(Vec<R>(M::kTanhMax), max(Vec<R>(-M::kTanhMax), x)), square = bounded * bounded;
+    return quotient<M>(bounded * polynomial(square, M::kTanhOver), polynomial(square, M::kTanhUnder));
+  } else {
+    const Vec<R> a = abs(x);
+    const Exponential<R> e = split_exp<M>(min(Vec<R>(M::kTanhMax), a + a), R(M::kBias));
+    const Vec<R> power = as_real<R>(e.exponent << M::kMantissaBits);
+    const Vec<R> large = R(1) - R(2) / fma(power, e.p, power + R(1));
+    const Vec<R> square = x * x;
+    const Vec<R> small = fma(a * square, polynomial(square, M::kTanh), a);
+    return with_sign(select(a < Vec<R>(R(0.55)), small, large), x);
+  }
 }
 
 // ---- The logistic function -----------------------------------------------------------------------------------------
@@ -268,6 +309,14 @@ VGKERN_INLINE Logistic<R> logistic(Vec<R> x) {
 
 template <class M, class R>
 VGKERN_INLINE Vec<R> sigmoid(Vec<R> x) {
+#if VGKERN_AVX512
+  if constexpr (M::kBareReciprocal) {
+    // 2⁻²⁴ / (2⁻²⁴ + e⁻ˣ·2⁻²⁴), of which nothing overflows where the value is not 0.
+    constexpr float kShare = 0x1p-24f;
+    const Vec<R> e = exp2_coarse<M>(fma(x, Vec<R>(-M::kLog2E), Vec<R>(-24)));
+    return reciprocal_14_bits(e + kShare) * kShare;
+  }
+#endif
   return logistic<M>(x).value;
 }
 
@@ -304,15 +353,16 @@ template <class M, class R>
 VGKERN_INLINE Normal<R> normal(Vec<R> x) {
   const Vec<R> a = min(Vec<R>(M::kNormalMax), abs(x));
   const Vec<R> half = a * R(-0.5);
-  const Vec<R> exponent = half * a;
-  Vec<R> e;
-  if constexpr (M::kCoarse) {
-    e = exp_in_range<M>(exponent);
-  } else {
-    e = exp_in_range<M>(exponent, product_error<M>(half, a, exponent));
-  }
   const Vec<R> t = quotient<M>(Vec<R>(1), a + M::kTailOffset);
-  const Vec<R> tail = e * (t * polynomial(a * t, M::kTail));
+  Vec<R> e, tail;
+  if constexpr (M::kCoarse) {
+    e = exp_in_range<M>(half * a);
+    tail = e * (t * polynomial(t, M::kTail));
+  } else {
+    const Vec<R> exponent = half * a;
+    e = exp_in_range<M>(exponent, product_error<M>(half, a, exponent));
+    tail = e * (t * polynomial(a * t, M::kTail));
+  }
   return {select(x < Vec<R>(0), tail, R(1) - tail), e * R(0.39894228040143267794)};
 }
 

@@ -1146,15 +1146,18 @@ constexpr TileFunction statistics_wide = statistics_tile<T, WideStrip<T>>;
 template <template <class R, class M> class Functor>
 struct OfActivation {
   template <class T>
-  using F = Functor<Opmath<T>, MathOf<T>>;
+  using Forward = Functor<Opmath<T>, Math<T>>;
+  // Of bfloat16 as of float16: what rounding hides in each y shows in the sums of dz.
   template <class T>
-  static constexpr TileFunction forward = forward_tile<T, F<T>>;
+  using Backward = Functor<Opmath<T>, Math<std::conditional_t<sizeof(T) == 2, float16, T>>>;
   template <class T>
-  static constexpr TileFunction reduce = reduce_tile<T, F<T>, Vec<Opmath<T>>>;
+  static constexpr TileFunction forward = forward_tile<T, Forward<T>>;
   template <class T>
-  static constexpr TileFunction reduce_wide = reduce_tile<T, F<T>, WideStrip<T>>;
+  static constexpr TileFunction reduce = reduce_tile<T, Backward<T>, Vec<Opmath<T>>>;
   template <class T>
-  static constexpr TileFunction apply = apply_tile<T, F<T>>;
+  static constexpr TileFunction reduce_wide = reduce_tile<T, Backward<T>, WideStrip<T>>;
+  template <class T>
+  static constexpr TileFunction apply = apply_tile<T, Backward<T>>;
 };
 
 #define VGKERN_ROW(name, Functor)                                                                            \
@@ -1175,9 +1178,7 @@ constexpr KernelTable make_table(const char* name) {
           VGKERN_EACH_TYPE(from_double),
           VGKERN_EACH_TYPE(to_columns),
           add_columns,
-          apply_math<Math<float>>,
-          apply_math<CoarseMath>,
-          apply_math<Math<double>>,
+          VGKERN_EACH_TYPE(apply_math),
           VGKERN_EACH_TYPE(norm_part),
           VGKERN_EACH_TYPE(scale_array)};
 }

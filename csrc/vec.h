@@ -189,6 +189,11 @@ VGKERN_INLINE Vec<float> fraction(Vec<float> a) {
   return each<Vec<float>>([&](auto i) VGKERN_LAMBDA { return fraction(a.reg[i]); });
 }
 
+// a less the integer next to it; 0 for ±inf.
+VGKERN_INLINE Vec<float> nearest_fraction(Vec<float> a) {
+  return each<Vec<float>>([&](auto i) VGKERN_LAMBDA { return nearest_fraction(a.reg[i]); });
+}
+
 // 1 / a but for a relative error of 2⁻¹⁴.
 VGKERN_INLINE Vec<float> reciprocal_14_bits(Vec<float> a) {
   return each<Vec<float>>([&](auto i) VGKERN_LAMBDA { return reciprocal_14_bits(a.reg[i]); });
