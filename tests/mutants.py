@@ -62,6 +62,7 @@ CLIPPING, CLIPPER = "tests/test_clipping.py", "tests/test_clipper.py"
 HOT, DIRECT = "csrc/known_norms.cpp", "csrc/direct.cpp"
 NODE, ORDINARY, OUTPUTS = "csrc/node.cpp", "csrc/ordinary.cpp", "csrc/outputs.cpp"
 WATCHERS, UNWATCHED, USUAL = "csrc/torch_objects.cpp", "tests/test_unwatched.py", "tests/test_unwatched.py|usual_call"
+SIMD = "tests/test_simd_math.py|coarse"
 AUTOGRAD, MEMORY = "tests/test_autograd.py", "tests/test_memory.py"
 
 FUSION, FUSE = "vgkern/fusion/", "tests/test_fuse.py"
@@ -343,6 +344,26 @@ FAULTS = [
           "  VGKERN_INLINE Vec<R> forward(Vec<R> z) const { return max(Vec<R>(0), z); }\n"
           "  VGKERN_INLINE Mask<R> on(Vec<R> z) const { return ~(z < Vec<R>(0)); }",
           "tests/test_values.py|cpu"),
+    Fault("float16 by the processor's reciprocal as it is", "csrc/simd_math.h",
+          "struct Math<float16> : Math<float> {\n",
+          "struct Math<float16> : Math<float> {\n  static constexpr bool kBareReciprocal = true;\n", SIMD),
+    Fault("a sigmoid that overflows where it is not 0", "csrc/simd_math.h", "Vec<R>(-24)", "Vec<R>(0)", SIMD),
+    Fault("a coarse expm1 cut off below its overflow", "csrc/simd_math.h", "kExp2Max = 128.25f", "kExp2Max = 127.25f",
+          SIMD),
+    Fault("a coarse expm1 from beyond its overflow", "csrc/simd_math.h", "kExp2Max = 128.25f", "kExp2Max = 128.75f",
+          SIMD),
+    Fault("a coarse tanh from beyond its polynomials", "csrc/simd_math.h", "kTanhMax = 5;", "kTanhMax = 6;", SIMD),
+    Fault("a coarse tail as a polynomial of the other quotient", "csrc/simd_math.h", "polynomial(t, M::kTail)",
+          "polynomial(a * t, M::kTail)", SIMD),
+    Fault("pivots not looked at", "csrc/tiles.h", "any |= bits(load(pivots + i", "any &= bits(load(pivots + i",
+          CPU_KERNELS + "|far_from_0"),
+    Fault("pivots looked at in the first vector alone", "csrc/tiles.h",
+          "count = tile.across ? tile.width : tile.channels;",
+          "count = tile.across && tile.width > 16 ? 16 : tile.channels;", CPU_KERNELS + "|far_from_0"),
+    Fault("gradients by the forward's coarser functions", "csrc/tiles.h",
+          "Math<std::conditional_t<sizeof(T) == 2, float16, T>>", "Math<T>", CPU_KERNELS + "|across_the_batch"),
+    Fault("a bounded dx written as it comes", "csrc/tiles.h", " && tile.dx_factor == 1.0", "",
+          CPU_KERNELS + "|norm_bounds"),
     Fault("a leaky slope's product cut off", "csrc/activations.h", "struct LeakyRelu : Traits<Reads::mask> {\n",
           "struct LeakyRelu : Traits<Reads::mask> {\n  static constexpr bool passes_dy = true;\n", CPU_KERNELS),
     Fault("a leaky slope lost in the backward", "csrc/activations.h",
@@ -360,8 +381,8 @@ FAULTS = [
           CPU_KERNELS),
     Fault("the bits of a pair of vectors swapped", "csrc/vec.h", "_mm512_kunpackw(high.k, low.k)",
           "_mm512_kunpackw(low.k, high.k)", CPU_KERNELS),
-    Fault("a usual forward without its mask", "csrc/tiles.h", "        if (USUAL || pass.tile.saved_mask) {",
-          "        if (!USUAL && pass.tile.saved_mask) {", CPU_KERNELS),
+    Fault("a usual forward without its mask", "csrc/tiles.h", "        if (is_usual(USUAL) || pass.tile.saved_mask) {",
+          "        if (!is_usual(USUAL) && pass.tile.saved_mask) {", CPU_KERNELS),
     Fault("statistics that are to be made again left out", "csrc/batch_norm.cpp", "return input.any_again(); }",
           "return false; }", "tests/test_cpu_kernels.py"),
     Fault("squares of dy that are too large for float32 not made again", "csrc/batch_norm.cpp",

@@ -464,6 +464,23 @@ def test_a_constant_channel_gives_the_bias_to_the_bit(isa, dtype, times, rows, c
     assert results["dx"].isfinite().all()
 
 
+@WALKS
+@pytest.mark.parametrize("far", [0, -1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_channel_far_from_0(isa, dtype, times, rows, channels, far):
+    """Half precision leaves x − 0 out where all channels that are worked on together are measured from 0."""
+    arguments, dy = _arguments((4 * times, channels, 5, 5), dtype, rows=rows)
+    near = _forward_and_backward(arguments, dy)
+    x, residual, _, bias = arguments[:4]
+    x[:, far] = 100.0
+    results = _forward_and_backward(arguments, dy)
+    assert torch.equal(results["y"][:, far], (bias[far] + residual[:, far]).relu())
+    assert results["dweight"][far] == 0
+    others = [c for c in range(channels) if c != far % channels]
+    for name in ("y", "dx", "dresidual"):
+        assert torch.equal(results[name][:, others], near[name][:, others])
+
+
 @pytest.mark.parametrize(("shape", "rows"), [((16, 5, 30, 31), False), ((16, 5, 30, 31), True), ((99, 5, 7, 9), False)])
 @pytest.mark.parametrize(("mean", "outlier"), [(1e6, 0.0), (0.0, 1e4), (-1e4, 0.0)])
 def test_statistics_of_large_means_and_outliers(isa, mean, outlier, shape, rows):
