@@ -883,15 +883,15 @@ class BackwardPass : Operation {
     return grid_.small_planes(call_.dtype, empty_lanes && !aliased ? 1 : 2);
   }
 
-  // Of a slice's dz, if it is to be kept for the second pass: where it costs more to make than to read again, and
-  // dresidual does not stay in the caches.
+  // Of a slice's dz, if it is to be kept for the second pass: where it costs more to make than to read again, and is
+  // written nowhere. Kept in half precision it is rounded, as without a residual that is normalised it is not
+  // otherwise.
   int64_t kept_bytes() const {
     const int64_t bytes = grid_.padded_slice() * item_size(call_.dtype);
-    const bool again = call_.normalises_residual
-                           ? evaluates_z()
-                           : base_.outputs != Outputs::cached && base_.residual && reads_dresidual();
+    const bool again = evaluates_z() && !reads_dresidual();
+    const bool exact = call_.normalises_residual || item_size(call_.dtype) >= 4;
     const bool as_planes = !sums_across();  // as the pass that reads it walks
-    return again && as_planes && bytes * grid_.slices() <= kMaxKeptBytes ? bytes : 0;
+    return again && exact && as_planes && bytes * grid_.slices() <= kMaxKeptBytes ? bytes : 0;
   }
 
   // Sums; and, with frozen statistics, dx.
@@ -900,7 +900,8 @@ class BackwardPass : Operation {
     tile.dresidual = batch_mode_ && call_.normalises_residual ? nullptr : dresidual;
     tile.dz = slice.kept;
     if (!batch_mode_) tile.dx = call_.dx;
-    if (sums_across() && reads_dresidual()) tile.outputs = Outputs::cached;  // where the second pass finds it
+    // Where the second pass finds it.
+    if (reads_dresidual() && grid_.by_groups(call_.threads)) tile.outputs = Outputs::cached;
     const auto run = [&](const TileFunction* functions) {
       tile.sums = sums_.start(slice, 0, reduced_);
       sum_tile(functions[call_.dtype], tile, slice, x_norm_, sums_across(), kParameters, reduced_);
