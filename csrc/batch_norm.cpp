@@ -883,15 +883,14 @@ class BackwardPass : Operation {
     return grid_.small_planes(call_.dtype, empty_lanes && !aliased ? 1 : 2);
   }
 
-  // Of a slice's dz, if it is to be kept for the second pass: where it costs more to make than to read again, and is
-  // written nowhere. Kept in half precision it is rounded, as without a residual that is normalised it is not
-  // otherwise.
+  // Of a slice's dz, if it is to be kept for the second pass: where it costs more to make than to read again. Not where
+  // it is rounded as dresidual would be.
   int64_t kept_bytes() const {
-    const int64_t bytes = grid_.padded_slice() * item_size(call_.dtype);
-    const bool again = evaluates_z() && !reads_dresidual();
-    const bool exact = call_.normalises_residual || item_size(call_.dtype) >= 4;
+    const int64_t bytes = grid_.padded_slice() * opmath_size(call_.dtype);
+    const bool rounded = call_.residual && !call_.normalises_residual && item_size(call_.dtype) == 2;
+    const bool again = evaluates_z() && !reads_dresidual() && !rounded;
     const bool as_planes = !sums_across();  // as the pass that reads it walks
-    return again && exact && as_planes && bytes * grid_.slices() <= kMaxKeptBytes ? bytes : 0;
+    return again && as_planes && bytes * grid_.slices() <= kMaxKeptBytes ? bytes : 0;
   }
 
   // Sums; and, with frozen statistics, dx.

@@ -89,7 +89,7 @@ struct Tile {
   const void* parameters;  // R[kParameters][padded_channels], twice that where the residual is normalised
   double* sums;            // [kSums][padded_channels]
   int64_t padded_channels;
-  void* dz;  // what reduce leaves there for apply, as it walks; stretches are padded to whole vectors
+  void* dz;  // R: what reduce leaves there for apply, as it walks; stretches are padded to whole vectors
   const double* activation_args;
   double dx_factor;  // what brings the norm of dx into its bounds; else 1
   bool normalises;   // or else z is x + residual to the bit, and the low parts play no part

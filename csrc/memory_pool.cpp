@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <iterator>
 #include <mutex>
 #include <vector>
 
@@ -13,24 +14,53 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 
-void advise([[maybe_unused]] MemoryBlock block, [[maybe_unused]] int advice) {
+// Where in its first page a block's data begins: addresses that agree modulo 4096 share a set of the L1 cache, and a
+// load waits for an earlier store to such a one. Other allocators begin large tensors at the beginning of a page, or a
+// line behind it, and rows of channels_last may be whole pages. So blocks keep away from there, and by turns from each
+// other. (32, 2048, 7, 7) in bfloat16, inputs at the beginnings of pages: backward 1.5 times as fast (AMD EPYC, Zen 4).
+constexpr size_t kOffsets[] = {3072, 1536, 2560, 1024, 3584, 2048, 512};
+
+size_t page_size() {
+  static const size_t page = sysconf(_SC_PAGESIZE);
+  return page;
+}
+
+// What a block occupies: from a huge page's beginning to the end of the page in which its data ends.
+struct Mapping {
+  char* begin;
+  size_t bytes;
+};
+
+Mapping mapping_of(MemoryBlock block) {
+  char* data = static_cast<char*>(block.data);
+  return {data - reinterpret_cast<uintptr_t>(data) % kHugePage, block.bytes + page_size()};
+}
+
+void unmap(MemoryBlock block) {
+  const Mapping mapping = mapping_of(block);
+  munmap(mapping.begin, mapping.bytes);
+}
+
+void advise([[maybe_unused]] Mapping mapping, [[maybe_unused]] int advice) {
 #if defined(__linux__)
-  madvise(block.data, block.bytes, advice);  // where the kernel has no such advice, nothing but time is lost
+  madvise(mapping.begin, mapping.bytes, advice);  // where the kernel has no such advice, nothing but time is lost
 #endif
 }
 
-// Null where the system refuses.
-void* map(size_t bytes) {
-  void* mapped = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
-  if (mapped == MAP_FAILED) return nullptr;
+// The `count`th block. Its data is null where the system refuses.
+MemoryBlock map(size_t bytes, uint64_t count) {
+  const size_t occupied = bytes + page_size();
+  void* mapped = mmap(nullptr, occupied + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+  if (mapped == MAP_FAILED) return {};
   char* begin = static_cast<char*>(mapped);
   const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(begin) % kHugePage) % kHugePage;
   if (before > 0) munmap(begin, before);
-  munmap(begin + before + bytes, kHugePage - before);
+  begin += before;
+  munmap(begin + occupied, kHugePage - before);
 #if defined(MADV_HUGEPAGE)
-  advise({begin + before, bytes}, MADV_HUGEPAGE);
+  advise({begin, occupied}, MADV_HUGEPAGE);
 #endif
-  return begin + before;
+  return {begin + kOffsets[count % std::size(kOffsets)], bytes};
 }
 
 struct Pool {
@@ -42,7 +72,7 @@ struct Pool {
     auto block = idle.begin();
     for (; statistics.idle > bytes; ++block) {
       statistics.idle -= block->bytes;
-      munmap(block->data, block->bytes);
+      unmap(*block);
     }
     idle.erase(idle.begin(), block);
   }
@@ -55,13 +85,13 @@ Pool& pool();
 void before_fork() {
   pool().mutex.lock();
 #if defined(MADV_DONTFORK)
-  for (MemoryBlock block : pool().idle) advise(block, MADV_DONTFORK);
+  for (MemoryBlock block : pool().idle) advise(mapping_of(block), MADV_DONTFORK);
 #endif
 }
 
 void after_fork_in_parent() {
 #if defined(MADV_DOFORK)
-  for (MemoryBlock block : pool().idle) advise(block, MADV_DOFORK);
+  for (MemoryBlock block : pool().idle) advise(mapping_of(block), MADV_DOFORK);
 #endif
   pool().mutex.unlock();
 }
@@ -86,8 +116,7 @@ Pool& pool() {
 }  // namespace
 
 MemoryBlock acquire_memory(size_t bytes) {
-  static const size_t page = sysconf(_SC_PAGESIZE);
-  const size_t wanted = (bytes + page - 1) / page * page;
+  const size_t wanted = (bytes + page_size() - 1) / page_size() * page_size();
   Pool& p = pool();
   std::lock_guard<std::mutex> lock(p.mutex);
   if (p.statistics.limit == 0) return {};
@@ -104,10 +133,10 @@ MemoryBlock acquire_memory(size_t bytes) {
     p.statistics.idle -= block.bytes;
     ++p.statistics.hits;
   } else {
-    block = {map(wanted), wanted};
+    block = map(wanted, p.statistics.misses);
     if (block.data == nullptr) {
       p.shrink_idle_to(0);
-      block.data = map(wanted);
+      block = map(wanted, p.statistics.misses);
     }
     if (block.data == nullptr) return {};
     ++p.statistics.misses;
@@ -122,7 +151,7 @@ void release_memory(MemoryBlock block) noexcept {
   std::lock_guard<std::mutex> lock(p.mutex);
   p.statistics.in_use -= block.bytes;
   if (block.bytes > p.statistics.limit) {  // nothing idle has to go for it
-    munmap(block.data, block.bytes);
+    unmap(block);
     return;
   }
   p.idle.push_back(block);

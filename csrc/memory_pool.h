@@ -10,8 +10,8 @@
 namespace vgkern {
 
 struct MemoryBlock {
-  void* data;    // aligned to a huge page, 2 MiB; contents undefined
-  size_t bytes;  // whole pages
+  void* data;    // aligned to 512, in the first page of a huge one (2 MiB) but not at its beginning; contents undefined
+  size_t bytes;  // whole pages, of which one more is occupied
 };
 
 struct MemoryStatistics {

@@ -954,7 +954,7 @@ struct ReducePass {
         store_block<F::passes_dy>(d.dz, static_cast<T*>(tile.dresidual), at, tile.outputs);
       }
       if (!is_usual(USUAL) && tile.dz) {
-        unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { store(static_cast<T*>(tile.dz) + at.dz_of(j), d.dz[j]); });
+        unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { store(static_cast<R*>(tile.dz) + at.dz_of(j), d.dz[j]); });
       }
       if (!is_usual(USUAL) && tile.dx) {
         const PerColumn<R, COLUMNS> scale(tile, channel, kInputScale);
@@ -1065,14 +1065,14 @@ struct ApplyPass {
       Derivative<R, VECTORS> d;
       z_of.template deviations<true>(deviation, at);
       if (!is_usual(USUAL) && tile.dz) {
-        unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { d.dz[j] = load(static_cast<const T*>(tile.dz) + at.dz_of(j)); });
+        unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { d.dz[j] = load(static_cast<const R*>(tile.dz) + at.dz_of(j)); });
       } else {
         Vec<R> dy[VECTORS];
         load_block<true>(dy, static_cast<const T*>(tile.dy), at, R(0));
         differentiate<USUAL>(d, pass.activation, z_of, at, deviation, dy);
         // As it would be read from dresidual, so that dx does not depend on whether that is wanted.
         if constexpr (sizeof(T) == 2 && F::reads == Reads::z) {
-          if (tile.residual) {
+          if (tile.residual && !tile.normalises_residual) {
             unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
               T rounded[kLanes<R>];
               store(rounded, d.dz[j]);
