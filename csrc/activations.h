@@ -48,6 +48,7 @@ struct Traits {
   static constexpr Reads reads = what;
   static constexpr bool has_backward = what != Reads::z;
   static constexpr bool has_weight = false;
+  static constexpr bool costly = what == Reads::z;           // an exponential or more
   static constexpr bool passes_dy = what == Reads::nothing;  // or 0: dz is a number of dy's type
 };
 
@@ -97,6 +98,7 @@ struct LeakyRelu : Traits<Reads::mask> {
 template <class R, class M>
 struct PRelu : Traits<Reads::z> {
   static constexpr bool has_weight = true;
+  static constexpr bool costly = false;
 
   explicit PRelu(const double*) {}
   VGKERN_INLINE Vec<R> forward(Vec<R> z, Vec<R> weight) const { return select(z > Vec<R>(0), z, weight * z); }
@@ -118,6 +120,7 @@ struct HardSigmoid : Traits<Reads::mask> {
 template <class R, class M>
 struct HardSwish : Traits<Reads::z> {
   static constexpr bool has_backward = true;
+  static constexpr bool costly = false;
 
   explicit HardSwish(const double*) {}
   VGKERN_INLINE Vec<R> forward(Vec<R> z) const { return over<M>(z * min(Vec<R>(6), max(Vec<R>(0), z + R(3))), R(6)); }

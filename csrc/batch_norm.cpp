@@ -13,6 +13,7 @@
 #include <emmintrin.h>
 #endif
 
+#include "memory_pool.h"
 #include "parallel.h"
 #include "small_planes.h"
 
@@ -192,6 +193,22 @@ class Grid {
   int64_t together_ = 1;  // rows that are taken as one: their masks lie side by side as they do
   int64_t part_ = 0, parts_ = 1;
   bool fits_cache_;
+};
+
+// A block of the pool, or none where there is none or no bytes are asked for.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : block_(bytes ? acquire_memory(bytes) : MemoryBlock{}) {}
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() {
+    if (block_.data) release_memory(block_);
+  }
+
+  char* data() const { return static_cast<char*>(block_.data); }
+
+ private:
+  MemoryBlock block_;
 };
 
 // What a step does at a time.
@@ -415,8 +432,8 @@ class Operation {
     return grid_.place(tile, slice.group, slice.index);
   }
 
-  // Runs steps in order. Either a thread takes a group through all of them, with `kept_bytes` a slice to keep something
-  // in, or all threads share each step.
+  // Runs steps in order. Either a thread takes a group through all of them, or all threads share each step. Slices have
+  // `kept_bytes` each to keep something in, where the memory for it is to be had.
   void run(const std::vector<Step>& steps, int64_t kept_bytes = 0) const {
     const int64_t groups = grid_.groups(), slices = grid_.slices(), cost = grid_.slice_elements();
     if (grid_.by_groups(common_.threads)) {
@@ -440,6 +457,7 @@ class Operation {
       });
       return;
     }
+    const Scratch kept(kept_bytes * groups * slices);
     for (const Step& step : steps) {
       if (step.channels) parallel_ranges(common_.threads, channels_, slices * kSums, step.channels);
       if (!step.slices || !step.wanted()) continue;
@@ -449,7 +467,8 @@ class Operation {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t next = unit(std::min(i + 1, end - 1));
           const int64_t following = grid_.offset(next % groups, next / groups);
-          step.slices({unit(i) % groups, unit(i) / groups, following, nullptr, columns.get()});
+          char* dz = kept.data() ? kept.data() + kept_bytes * unit(i) : nullptr;
+          step.slices({unit(i) % groups, unit(i) / groups, following, dz, columns.get()});
         }
         if (base_.outputs != Outputs::cached) fence();
       });
@@ -884,13 +903,17 @@ class BackwardPass : Operation {
   }
 
   // Of a slice's dz, if it is to be kept for the second pass: where it costs more to make than to read again. Not where
-  // it is rounded as dresidual would be.
+  // it is rounded as dresidual would be. Where all threads share the passes it waits in the last cache for all slices'
+  // second turn, which gains where tensors take half of its room.
   int64_t kept_bytes() const {
     const int64_t bytes = grid_.padded_slice() * opmath_size(call_.dtype);
-    const bool rounded = call_.residual && !call_.normalises_residual && item_size(call_.dtype) == 2;
+    const bool half = item_size(call_.dtype) == 2;
+    const bool rounded = half && call_.residual && !call_.normalises_residual;
     const bool again = evaluates_z() && !reads_dresidual() && !rounded;
     const bool as_planes = !sums_across();  // as the pass that reads it walks
-    return again && as_planes && bytes * grid_.slices() <= kMaxKeptBytes ? bytes : 0;
+    if (!again || !as_planes) return 0;
+    if (grid_.by_groups(call_.threads)) return bytes * grid_.slices() <= kMaxKeptBytes ? bytes : 0;
+    return half && kernels_.costly && bytes * grid_.slices() * grid_.groups() <= cache_bytes() / 2 ? bytes : 0;
   }
 
   // Sums; and, with frozen statistics, dx.

@@ -119,6 +119,7 @@ using TileFunction = void (*)(const Tile&);
 // that: the driver sees it in the sums and has them made again by reduce_wide, in float64 throughout.
 struct ActivationKernels {
   const char* name;
+  bool costly;  // whether z and dz take longer to make than dz takes to wait in the last cache
   TileFunction forward[kDataTypes];
   TileFunction reduce[kDataTypes];
   TileFunction reduce_wide[kDataTypes];

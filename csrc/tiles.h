@@ -1206,9 +1206,13 @@ struct OfActivation {
   static constexpr TileFunction apply = apply_tile<T, Backward<T>>;
 };
 
-#define VGKERN_ROW(name, Functor)                                                                            \
-  {#name, VGKERN_EACH_TYPE(OfActivation<Functor>::forward), VGKERN_EACH_TYPE(OfActivation<Functor>::reduce), \
-   VGKERN_EACH_TYPE(OfActivation<Functor>::reduce_wide), VGKERN_EACH_TYPE(OfActivation<Functor>::apply)},
+#define VGKERN_ROW(name, Functor)                        \
+  {#name,                                                \
+   Functor<float, Math<float>>::costly,                  \
+   VGKERN_EACH_TYPE(OfActivation<Functor>::forward),     \
+   VGKERN_EACH_TYPE(OfActivation<Functor>::reduce),      \
+   VGKERN_EACH_TYPE(OfActivation<Functor>::reduce_wide), \
+   VGKERN_EACH_TYPE(OfActivation<Functor>::apply)},
 
 constexpr ActivationKernels kActivationKernels[] = {VGKERN_ACTIVATIONS(VGKERN_ROW)};
 

@@ -10,6 +10,10 @@ is imported: bytes, or with a suffix as in ``512M``, ``4G``; ``0`` turns the poo
 machine's memory, or of the control group's: idle memory is what the next step needs again, but four processes on one
 machine, each with as much idle, shall leave half of it to others.
 
+A buffer's data begins in the first page of a huge one but not at its beginning, and buffers by turns at other lines of
+it: addresses that agree modulo 4096 hold each other up. The gradient of a smooth activation in half precision also
+waits in a buffer between the two passes of a backward, which gives it back when it ends.
+
 Outputs of less than 1 MiB lie on the C library's heap, which keeps its pages by itself, and are handed to torch in the
 same way, which takes half of ``torch.empty``'s time; with a limit of 0 they too are ``torch.empty``'s.
 
