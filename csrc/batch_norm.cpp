@@ -235,10 +235,15 @@ bool any(const std::vector<char>& of_channel, int64_t begin, int64_t end) {
 }
 
 // The share of the last level of cache that a pass's tensors take where its outputs begin to be written past the
-// caches. Measured with a pass over the outputs behind it (2 threads on 2 cores, 32 MiB): from 19 MB of tensors on, the
-// backward then took 0.8 of the time, for a store to a line that is not there holds up others; the forward, whose y is
-// wanted next, 1.15 times as much up to 25 MB.
-constexpr double kForwardShare = 1.0, kBackwardShare = 0.5;
+// caches, for a store to a line that is not there holds up others. Measured with a pass over the outputs behind it (2
+// threads on 2 cores, 32 MiB, 16 to 32 MB of tensors). With a backward between them, y is not there: forward, backward
+// and those passes together took 0.84 to 1.0 of the time in channels_last, 0.74 to 1.05 over planes, but up to 1.1
+// where the forward went by way of stages. In eval mode y lies where the last one did, and they took up to 2 times as
+// long.
+struct Shares {
+  double streamed, staged;
+};
+constexpr Shares kTrainingForwardShares{0.5, 1.0}, kEvalForwardShares{1.0, 1.0}, kBackwardShares{0.5, 0.5};
 
 // The last level of cache, as Linux gives it (glibc's sysconf answered 320 MiB for 32 on a virtual machine), or a
 // guess. Only speed depends on it.
@@ -384,19 +389,20 @@ class Operation {
 
   // Outputs are better written past the caches where all tensors take more than a share of these.
   Outputs way_of(std::initializer_list<const void*> inputs, std::initializer_list<const void*> outputs,
-                 double share) const {
+                 Shares shares) const {
     const int64_t bytes =
         common_.shape.batch * common_.shape.channels * common_.shape.spatial * item_size(common_.dtype);
     int64_t tensors = 0;
     for (const auto& pointers : {inputs, outputs})
       tensors += std::count_if(pointers.begin(), pointers.end(), [](const void* p) { return p; });
-    const bool large = static_cast<double>(bytes * tensors) > share * static_cast<double>(cache_bytes());
     const bool lines = std::all_of(outputs.begin(), outputs.end(),
                                    [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; });
-    if (!large || !lines) return Outputs::cached;
-    return grid_.aligned(common_.dtype)  ? Outputs::streamed
-           : grid_.stages(common_.dtype) ? Outputs::staged
-                                         : Outputs::cached;
+    if (!lines) return Outputs::cached;
+    const auto exceed = [&](double share) {
+      return static_cast<double>(bytes * tensors) > share * static_cast<double>(cache_bytes());
+    };
+    if (grid_.aligned(common_.dtype)) return exceed(shares.streamed) ? Outputs::streamed : Outputs::cached;
+    return grid_.stages(common_.dtype) && exceed(shares.staged) ? Outputs::staged : Outputs::cached;
   }
 
   void run_tile(TileFunction function, Tile tile, const Slice& slice) const {
@@ -590,7 +596,8 @@ class ForwardPass : Operation {
         call_(call) {
     base_.y = call.y;
     base_.saved_mask = call.saved_mask;
-    base_.outputs = way_of({call.x, call.residual}, {call.y}, kForwardShare);
+    base_.outputs =
+        way_of({call.x, call.residual}, {call.y}, call.training ? kTrainingForwardShares : kEvalForwardShares);
     base_.normalises = call.statistics;
   }
 
@@ -799,7 +806,7 @@ class BackwardPass : Operation {
     base_.dy = call.dy;
     base_.mask = call.mask;
     base_.record = call.record;
-    base_.outputs = way_of({call.x, call.residual, call.dy}, {call.dx, call.dresidual}, kBackwardShare);
+    base_.outputs = way_of({call.x, call.residual, call.dy}, {call.dx, call.dresidual}, kBackwardShares);
     base_.normalises = call.statistics;
     base_.dx_factor = 1.0;
     // Frozen statistics, z known from the mask, γ without a gradient: nothing reads x.
