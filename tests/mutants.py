@@ -444,6 +444,7 @@ FAULTS = [
     Fault("dz looked for where there was no memory to keep it", CPU,
           "kept.data() ? kept.data() + kept_bytes * unit(i) : nullptr", "kept.data() + kept_bytes * unit(i)",
           f"{MEMORY}|waits"),
+    Fault("dz of a cheap activation kept", CPU, "half && kernels_.costly &&", "half &&", f"{MEMORY}|waits"),
     Fault("memory of dz kept for ever", CPU, "    if (block_.data) release_memory(block_);\n", "", f"{MEMORY}|waits"),
     Fault("dz kept as it was before it is rounded", CPU, "!reads_dresidual() && !rounded", "!reads_dresidual()",
           CPU_KERNELS),
