@@ -17,6 +17,7 @@ from vgkern.kernels import double_batch_norm as kernels
 
 import vgkern
 from benchmarks.interpreter import count_bytes, permute_programs
+from vgkern import memory
 from vgkern.backends import cpu, reference, triton
 from vgkern.nn import BatchNormAct2d
 from vgkern.nn.double_batch_norm import Held, add_held, hold, hold_batch_norm
@@ -150,6 +151,21 @@ def test_the_same_bits_for_every_number_of_threads(activation, memory_format, dt
         finally:
             torch.set_num_threads(before)
         assert all(other == found[0] for other in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_same_bits_where_dz_has_no_memory_to_wait_in(dtype):
+    """Then the second pass of a backward makes it again."""
+    norm, shortcut = (layer.to(dtype) for layer in layers("silu"))
+    data = [t.detach().contiguous(memory_format=torch.channels_last) for t in inputs(dtype, (16, C, 56, 56))]
+    kept = everything(as_one, norm, shortcut, *data)
+    limit = memory.limit()
+    memory.set_limit(0)
+    try:
+        again = everything(as_one, norm, shortcut, *data)
+    finally:
+        memory.set_limit(limit)
+    assert bits(*again) == bits(*kept)
 
 
 @pytest.mark.parametrize("training", [True, False])
