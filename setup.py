@@ -26,7 +26,7 @@ FLAGS += ["-Wall", "-Wextra"]
 
 # What each file of csrc/isa is compiled with beyond FLAGS; csrc/dispatch.cpp asks the machine for the same, but for
 # prefetchw, which does nothing on a processor with AVX2 that lacks it. x86 without AVX2 is from before 2015: with -O1
-# its kernels take 1.0 to 1.3 times as long, and two thirds of the time to compile, which everybody waits for.
+# its kernels take 1.0 to 1.4 times as long, and two thirds of the time to compile, which everybody waits for.
 X86_FLAGS = {
     "baseline.cpp": ["-O1"],
     "avx2.cpp": ["-mavx2", "-mfma", "-mf16c", "-mprfchw"],
