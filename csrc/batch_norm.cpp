@@ -56,7 +56,7 @@ constexpr int64_t kMaxPairedChannels = 96;
 constexpr int64_t kSliceColumnBytes = 512;
 // What a group's tensors may take for those that are read twice to lie in the L2 cache when the second pass begins.
 constexpr int64_t kGroupBytes = 1024 * 1024;
-// What dz of a group may take, kept between its two passes.
+// What dz of a group may take, kept by the thread between its two passes.
 constexpr int64_t kMaxKeptBytes = 2 * 1024 * 1024;
 
 // Cuts x into groups of channels and each group into slices; depends on the shape, the type, and how many tensors like
@@ -215,14 +215,14 @@ class Scratch {
 struct Slice {
   int64_t group, index;
   int64_t following;  // the first element of the slice whose turn is next
-  char* kept;         // memory of the thread's that holds the slice's dz from one step to the next, or null
+  char* kept;         // memory that holds the slice's dz from one step to the next, or null
   Columns* columns;   // the thread's, of small planes, or null
 };
 
 // One step of a computation: first over the channels [begin, end), then over the slices of every group; either may be
 // empty. A step that follows another in reverse starts in what that one left in cache; within a slice every walk is
-// forward, as the hardware prefetches. Nothing is kept where a step is finished for all groups before the next begins.
-// Then one whose slices are not `wanted`, as its channels have found, leaves them out.
+// forward, as the hardware prefetches. Where a step is finished for all groups before the next begins, one whose slices
+// are not `wanted`, as its channels have found, leaves them out.
 struct Step {
   std::function<void(int64_t begin, int64_t end)> channels;
   std::function<void(const Slice& slice)> slices;

@@ -441,6 +441,8 @@ FAULTS = [
           CPU_KERNELS + "|across_the_batch"),
     Fault("dz of all slices kept in one place by all threads", CPU, "kept.data() + kept_bytes * unit(i)", "kept.data()",
           CPU_KERNELS + "|number_of_threads"),
+    Fault("memory for the dz of one group alone", CPU, "const Scratch kept(kept_bytes * groups * slices);",
+          "const Scratch kept(kept_bytes * slices);", CPU_KERNELS + "|number_of_threads"),
     Fault("dz looked for where there was no memory to keep it", CPU,
           "kept.data() ? kept.data() + kept_bytes * unit(i) : nullptr", "kept.data() + kept_bytes * unit(i)",
           f"{MEMORY}|waits"),
