@@ -24,15 +24,14 @@ constexpr int64_t kSummedTerms = sizeof(T) == 2 ? 32 : 8;
 constexpr int64_t kNoTerms = int64_t{1} << 32;
 
 // How a pass walks: how many vectors it works on at a time, so that it asks once for all of them what is there and what
-// is wanted, and how many columns at a time: two of each where z is evaluated, whose constants take the registers, and
-// whose chains of operations then overlap. One each where a vector is several registers: it would be code without end.
+// is wanted, and how many columns at a time, whose chains of operations then overlap. One each where a vector is
+// several registers: it would be code without end.
 template <int VECTORS, int COLUMNS>
 struct Width {
   static constexpr int vectors = VECTORS, columns = COLUMNS;
 };
-template <class T, Reads what = Reads::mask>
-using WidthOf = std::conditional_t<kParts != 1 || sizeof(T) == 8, Width<1, 1>,
-                                   std::conditional_t<what == Reads::z, Width<2, 2>, Width<4, 2>>>;
+template <class T>
+using WidthOf = std::conditional_t<kParts != 1 || sizeof(T) == 8, Width<1, 1>, Width<4, 2>>;
 
 // Where a block lies: with one column, vectors side by side; with two, rows of two side by side.
 template <class R, int COLUMNS>
@@ -103,9 +102,6 @@ VGKERN_INLINE void walk(Pass& pass) {
   using T = typename Pass::Element;
   using R = Opmath<T>;
   constexpr int kStep = kLanes<R>, kWidth = Pass::Width::vectors;
-  // Whether the last vector's block has code of its own, so that the others ask for no lanes: where that is little, and
-  // counts.
-  constexpr bool kApart = kWidth == 4;
   const Tile& tile = pass.tile;
   constexpr int64_t kColumnStrip =
       Pass::kTerms * (kWidth > 1 ? 2 : 1);  // a StretchSum adds one column up in two halves
@@ -133,22 +129,14 @@ VGKERN_INLINE void walk(Pass& pass) {
         constexpr std::integral_constant<int, 1> kSingle;
         for (int64_t v = 0; v < vectors;) {
           const int64_t end = v + kColumnStrip < vectors ? v + kColumnStrip : vectors;
-          if constexpr (kApart) {
-            const int64_t full = end < whole ? end : whole;
-            for (; v + kWidth <= full; v += kWidth) take(kBlock, kStep);
+          if constexpr (kWidth > 1) {
+            for (const int64_t full = end < whole ? end : whole; v + kWidth <= full; v += kWidth) take(kBlock, kStep);
             if (v + kWidth <= end) {
               take(kBlock, rest);
               v += kWidth;
             }
-            for (; v < full; ++v) take(kSingle, kStep);
-            if (v < end) {
-              take(kSingle, rest);
-              ++v;
-            }
-          } else {
-            for (; v + kWidth <= end; v += kWidth) take(kBlock, v + kWidth <= whole ? kStep : rest);
-            for (; kWidth > 1 && v < end; ++v) take(kSingle, v < whole ? kStep : rest);
           }
+          for (; v < end; ++v) take(kSingle, v < whole ? kStep : rest);
           stretch.end_strip();
         }
         stretch.finish();
@@ -243,12 +231,12 @@ VGKERN_INLINE void walk(Pass& pass) {
 VGKERN_INLINE void ask_for(const void* line) { __builtin_prefetch(line, 0, 2); }
 
 // PAIRS: vectors side by side at once, where there is a way: faster, but for many sums over stretches that begin
-// anywhere, as those do that end within a vector.
-template <bool PAIRS, int VECTORS, class T, class R, int COLUMNS>
+// anywhere, as those do that end within a vector. ASKS: whether for those to come, too.
+template <bool PAIRS, bool ASKS = true, int VECTORS, class T, class R, int COLUMNS>
 VGKERN_INLINE void load_block(Vec<R> (&v)[VECTORS], const T* base, const Block<R, COLUMNS>& at, R fill) {
   constexpr int kLast = VECTORS - 1;
   unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
-    if constexpr (j * kLanes<R> * sizeof(T) % 64 == 0) ask_for(base + at.ahead + j * kLanes<R>);
+    if constexpr (ASKS && j * kLanes<R> * sizeof(T) % 64 == 0) ask_for(base + at.ahead + j * kLanes<R>);
   });
   const bool whole = COLUMNS == 2 || at.whole();
   if constexpr (PAIRS && VECTORS > 1) {
@@ -611,6 +599,18 @@ VGKERN_INLINE bool is_usual_backward(const Tile& tile) {
          (F::reads == Reads::nothing || (F::reads == Reads::mask && tile.mask));
 }
 
+// In the place of an activation where a tile's dz is already there: by the pass before.
+template <class R>
+struct Given : Traits<Reads::nothing> {
+  static constexpr bool passes_dy = false;
+
+  explicit Given(const double*) {}
+};
+template <class F>
+constexpr bool kIsGiven = false;
+template <class R>
+constexpr bool kIsGiven<Given<R>> = true;
+
 // What a pass may take for granted.
 enum class Usual {
   no,
@@ -633,10 +633,11 @@ VGKERN_INLINE bool has_pivots(const Tile& tile) {
   return any != 0;
 }
 
-// Calls take(usual) for a tile that is usual.
+// Calls take(usual) for a tile that is usual. Where a vector is several registers there is no code for pivots of 0: it
+// takes longer to compile than it would save.
 template <class T, class F>
 VGKERN_INLINE void take_usual(const Tile& tile, F take) {
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (sizeof(T) == 2 && kParts == 1) {
     if (!has_pivots<T>(tile)) return take(std::integral_constant<Usual, Usual::unshifted>{});
   }
   take(std::integral_constant<Usual, Usual::yes>{});
@@ -663,9 +664,9 @@ struct PreActivation {
         weight(tile, channel, kActivationWeight),
         fill(*Parameters<R>{tile, channel}.at(kPivot)) {}
 
-  template <bool PAIRS, int VECTORS>
+  template <bool PAIRS, bool ASKS = true, int VECTORS>
   VGKERN_INLINE void deviations(Vec<R> (&d)[VECTORS], const Block<R, COLUMNS>& at) const {
-    load_block<PAIRS>(d, static_cast<const T*>(tile.x), at, fill);
+    load_block<PAIRS, ASKS>(d, static_cast<const T*>(tile.x), at, fill);
     if constexpr (USUAL != Usual::unshifted) {
       unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { d[j] = d[j] - pivot[j]; });
     }
@@ -817,7 +818,7 @@ template <class T, class F, Usual USUAL>
 struct ForwardPass {
   using Element = T;
   using R = Opmath<T>;
-  using Width = WidthOf<T, F::reads>;
+  using Width = WidthOf<T>;
   static constexpr int64_t kTerms = kNoTerms, kBandRows = 2, kBandBytes = kNarrow, kAhead = kNear;
 
   Tile tile;
@@ -886,7 +887,7 @@ struct ReducePass {
   using Element = T;
   using R = Opmath<T>;
   static constexpr bool kRare = !std::is_same_v<S, Vec<R>>;
-  using Width = std::conditional_t<kRare, vgkern::Width<1, 1>, WidthOf<T, F::reads>>;
+  using Width = std::conditional_t<kRare, vgkern::Width<1, 1>, WidthOf<T>>;
   static constexpr int64_t kTerms = kSummedTerms<T>, kBandBytes = kNarrow, kAhead = kNear;
   static constexpr int64_t kBandRows = 32;  // what is added up for a stretch is worth a few rows more
 
@@ -938,22 +939,26 @@ struct ReducePass {
     VGKERN_INLINE void run(const Block<R, COLUMNS>& at) {
       const Tile& tile = pass.tile;
       Vec<R> dy[VECTORS], deviation[VECTORS];
-      constexpr bool kPairs = COLUMNS == 2;
-      load_block<kPairs>(dy, static_cast<const T*>(tile.dy), at, R(0));
+      constexpr bool kPairs = COLUMNS == 2, kGiven = kIsGiven<F>;
+      if constexpr (!kGiven) load_block<kPairs>(dy, static_cast<const T*>(tile.dy), at, R(0));
       if (is_usual(USUAL) || tile.x) {
-        z_of.template deviations<kPairs>(deviation, at);
+        z_of.template deviations<kPairs, !kGiven>(deviation, at);
       } else {
         unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { deviation[j] = Vec<R>(0); });
       }
       Derivative<R, VECTORS> d;
-      differentiate<USUAL>(d, pass.activation, z_of, at, deviation, dy);
+      if constexpr (kGiven) {
+        unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { d.dz[j] = load(static_cast<const R*>(tile.dz) + at.dz_of(j)); });
+      } else {
+        differentiate<USUAL>(d, pass.activation, z_of, at, deviation, dy);
+      }
       if (!is_usual(USUAL) && tile.normalises_residual) {
         NormalisedResidual<T, VECTORS, COLUMNS, kRare>(tile, channel, at, d.dz).template reduce<S>(pass.residual_sums);
       } else if (tile.dresidual) {
         claim_block<VECTORS>(static_cast<T*>(tile.dresidual), at, tile.outputs);
         store_block<F::passes_dy>(d.dz, static_cast<T*>(tile.dresidual), at, tile.outputs);
       }
-      if (!is_usual(USUAL) && tile.dz) {
+      if (!is_usual(USUAL) && !kGiven && tile.dz) {
         unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { store(static_cast<R*>(tile.dz) + at.dz_of(j), d.dz[j]); });
       }
       if (!is_usual(USUAL) && tile.dx) {
@@ -987,6 +992,7 @@ struct ReducePass {
       });
       if (tile.record) {
         pass.counted += d.counted;
+        if constexpr (kGiven) load_block<kPairs, false>(dy, static_cast<const T*>(tile.dy), at, R(0));
         unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { dy_squares[j % 2] = fma(S(dy[j]), S(dy[j]), dy_squares[j % 2]); });
       }
     }
@@ -1008,10 +1014,9 @@ struct ReducePass {
   };
 };
 
-template <class T, class F, class S, Usual USUAL>
-VGKERN_NOINLINE void reduce_as(const Tile& tile) {
-  ReducePass<T, F, S, USUAL> pass{tile};
-  walk(pass);
+// To a tile's sums.
+template <class Pass>
+VGKERN_INLINE void finish_reduction(Pass& pass, const Tile& tile) {
   pass.sums.finish();
   pass.residual_sums.finish();
   if (tile.record) {
@@ -1021,21 +1026,130 @@ VGKERN_NOINLINE void reduce_as(const Tile& tile) {
   }
 }
 
+template <class T, class F, class S, Usual USUAL>
+VGKERN_NOINLINE void reduce_as(const Tile& tile) {
+  ReducePass<T, F, S, USUAL> pass{tile};
+  walk(pass);
+  finish_reduction(pass, tile);
+}
+
+// dz, to the tile's own, and dresidual, where z is evaluated. What that takes in constants and the sums do not fit the
+// registers together: a part of the tile goes through this pass, and then, from the caches, through that of the sums,
+// which is the same for all activations.
+template <class T, class F>
+struct DerivativePass {
+  using Element = T;
+  using R = Opmath<T>;
+  using Width = WidthOf<T>;
+  static constexpr int64_t kTerms = kNoTerms, kBandRows = 2, kBandBytes = kNarrow, kAhead = kNear;
+
+  Tile tile;
+  const F activation{tile.activation_args};
+  Stages<T, 1> stages{tile, &Tile::dresidual};
+  int64_t counted = 0;  // by Derivative
+
+  VGKERN_INLINE explicit DerivativePass(const Tile& tile) : tile(tile) {}  // as ReducePass's
+
+  VGKERN_INLINE void start_run(int64_t first) { stages.start(first); }
+  VGKERN_INLINE void finish_run(int64_t first) { stages.finish(first); }
+
+  template <int COLUMNS>
+  struct Stretch {
+    DerivativePass& pass;
+    PreActivation<T, COLUMNS, Usual::no, true> z_of;
+
+    VGKERN_INLINE Stretch(DerivativePass& pass, int64_t channel) : pass(pass), z_of(pass.tile, channel) {}
+
+    template <int VECTORS>
+    VGKERN_INLINE void run(const Block<R, COLUMNS>& at) {
+      Vec<R> dy[VECTORS], deviation[VECTORS];
+      load_block<true>(dy, static_cast<const T*>(pass.tile.dy), at, R(0));
+      z_of.template deviations<true>(deviation, at);
+      Derivative<R, VECTORS> d;
+      differentiate<Usual::no>(d, pass.activation, z_of, at, deviation, dy);
+      const Tile& tile = pass.tile;
+      if (tile.dresidual) {
+        claim_block<VECTORS>(static_cast<T*>(tile.dresidual), at, tile.outputs);
+        store_block(d.dz, static_cast<T*>(tile.dresidual), at, tile.outputs);
+      }
+      unroll<VECTORS>([&](auto j) VGKERN_LAMBDA { store(static_cast<R*>(tile.dz) + at.dz_of(j), d.dz[j]); });
+      pass.counted += d.counted;
+    }
+    VGKERN_INLINE void end_strip() {}
+    VGKERN_INLINE void finish() {}
+  };
+};
+
+// Returns how many elements have φ'(z) = 0.
+template <class T, class F>
+VGKERN_NOINLINE int64_t derive(const Tile& tile) {
+  DerivativePass<T, F> pass{tile};
+  walk(pass);
+  return pass.counted;
+}
+
+// Elements of a part, and what one may have at the most: a run of planes, which is 16 KiB of the tensor, padded to
+// whole vectors.
+constexpr int64_t kPartElements = 4096, kMaxPartElements = 8192 + kTileChannels * kChannelPadding;
+
+template <class T, class S, Usual USUAL>
+VGKERN_NOINLINE void reduce_parts(const Tile& tile, int64_t (*derive)(const Tile& part)) {
+  using R = Opmath<T>;
+  constexpr int64_t kStep = kLanes<R>;
+  alignas(64) R scratch[kMaxPartElements];
+  const auto padded = [](int64_t width) { return (width + kStep - 1) / kStep * kStep; };
+  const int64_t run = tile.channels * padded(tile.width);
+  const bool whole_runs = run <= kMaxPartElements;  // as are those of several channels
+  const int64_t runs = run < kPartElements ? kPartElements / run : 1;
+  const int64_t width = whole_runs ? tile.width : kPartElements;
+
+  ReducePass<T, Given<R>, S, USUAL> pass{tile};
+  for (int64_t first = 0; first < tile.runs; first += runs) {
+    for (int64_t begin = 0; begin < tile.width; begin += width) {
+      Tile part = tile;
+      part.runs = runs < tile.runs - first ? runs : tile.runs - first;
+      part.width = width < tile.width - begin ? width : tile.width - begin;
+      part.offset = tile.offset + first * tile.stride + begin;
+      part.following = begin + width < tile.width ? part.offset + width
+                       : first + runs < tile.runs ? tile.offset + (first + runs) * tile.stride
+                                                  : tile.following;
+      part.dz = tile.dz ? static_cast<R*>(tile.dz) + first * run + begin : scratch;
+      void* const dresidual = std::exchange(part.dresidual, tile.normalises_residual ? nullptr : part.dresidual);
+      pass.counted += derive(part);
+      part.dresidual = tile.normalises_residual ? dresidual : nullptr;
+      pass.tile = part;
+      walk(pass);
+    }
+  }
+  finish_reduction(pass, tile);
+}
+
 template <class T, class F, class S>
 void reduce_tile(const Tile& tile) {
-  if constexpr (F::reads != Reads::z && std::is_same_v<S, Vec<Opmath<T>>>) {  // sums in another S are rare
+  constexpr bool kRare = !std::is_same_v<S, Vec<Opmath<T>>>;
+  constexpr bool kInParts = F::reads == Reads::z && !F::has_weight;
+  if constexpr (kInParts && !kRare) {
+    if (!tile.normalises_residual && !tile.dx) {
+      return take_usual<T>(tile, [&](auto usual) VGKERN_LAMBDA { reduce_parts<T, S, usual>(tile, derive<T, F>); });
+    }
+  }
+  if constexpr (F::reads != Reads::z && !kRare) {
     if (is_usual_backward<F>(tile) && !tile.dx) {
       return take_usual<T>(tile, [&](auto usual) VGKERN_LAMBDA { reduce_as<T, F, S, usual>(tile); });
     }
   }
-  reduce_as<T, F, S, Usual::no>(tile);
+  if constexpr (kInParts) {
+    reduce_parts<T, S, Usual::no>(tile, derive<T, F>);
+  } else {
+    reduce_as<T, F, S, Usual::no>(tile);
+  }
 }
 
 template <class T, class F, Usual USUAL>
 struct ApplyPass {
   using Element = T;
   using R = Opmath<T>;
-  using Width = WidthOf<T, F::reads>;
+  using Width = WidthOf<T>;
   static constexpr int64_t kTerms = kNoTerms, kBandRows = 2, kBandBytes = kNarrow, kAhead = kNear;
 
   Tile tile;

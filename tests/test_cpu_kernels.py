@@ -226,6 +226,19 @@ def test_small_planes_across_the_batch(isa, dtype):
     Case("gelu", dtype, "contiguous", True, residual=False, shape=shapes[0]).assert_passes("cpu")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("residual", [True, False])
+def test_a_smooth_backward_in_parts(isa, dtype, residual):
+    """Planes that are several parts, one, and of which several make one; rows; dz kept for the second pass, and not."""
+    planes = [(2, 2, 110, 101), (3, 2, 61, 90), (2, 37, 20, 21), (9, 21, 14, 13), (3, 70, 7, 7)]
+    rows = [(3, 70, 14, 13), (2, 600, 7, 7), (3, 24, 30, 31)]
+    for layout, shapes in (("contiguous", planes), ("channels_last", rows)):
+        for activation, shape in itertools.product(("gelu", "softplus"), shapes):
+            Case(activation, dtype, layout, True, residual=residual, shape=shape).assert_passes("cpu")
+        Case("silu", dtype, layout, False, residual=residual, shape=shapes[0]).assert_passes("cpu")
+        Case("silu", dtype, layout, shape=shapes[0], layer="double_batch_norm_act").assert_passes("cpu")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch", [2, 16])
 def test_mask_bits_and_the_gradient_made_from_them(isa, dtype, batch):
@@ -550,6 +563,15 @@ def test_record_counts_dead_and_nonfinite_elements(isa, dtype, times, rows, chan
     assert record["dead"] == (x.float() + residual.float() <= 0).sum().item()
     assert record["elements"] == x.numel()
     assert record["backwards"] == 1
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_dead_elements_of_a_smooth_backward_in_parts(isa, rows):
+    """Where z is evaluated each part of a tile is counted by itself. The slope of hardswish is 0 up to −3."""
+    arguments, dy = _arguments((7, 20, 31, 30), torch.float32, mode="none", activation="hardswish", rows=rows)
+    x, residual = arguments[:2]
+    x.mul_(4)
+    assert _record(_forward_and_backward(arguments, dy))["dead"] == (x + residual <= -3).sum().item()
 
 
 @WALKS
