@@ -633,11 +633,10 @@ VGKERN_INLINE bool has_pivots(const Tile& tile) {
   return any != 0;
 }
 
-// Calls take(usual) for a tile that is usual. Where a vector is several registers there is no code for pivots of 0: it
-// takes longer to compile than it would save.
+// Calls take(usual) for a tile that is usual.
 template <class T, class F>
 VGKERN_INLINE void take_usual(const Tile& tile, F take) {
-  if constexpr (sizeof(T) == 2 && kParts == 1) {
+  if constexpr (sizeof(T) == 2) {
     if (!has_pivots<T>(tile)) return take(std::integral_constant<Usual, Usual::unshifted>{});
   }
   take(std::integral_constant<Usual, Usual::yes>{});
