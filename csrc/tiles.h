@@ -592,7 +592,7 @@ VGKERN_INLINE bool is_usual_forward(const Tile& tile) {
 // Such a tile has code of its own, where what it has need not be asked of each block, and none is for what it has not.
 // That takes a third less time. It is also a third as long, and of that more hangs than the length would say: loops
 // that lay strewn over several pages took up to three times as long in one copy of a file as in another of the same
-// bytes (Zen 5). Where z is evaluated that takes most of the time, and there is none.
+// bytes (Zen 5). Where z is evaluated that takes most of the time, and only the pass that sums has such code.
 template <class F>
 VGKERN_INLINE bool is_usual_backward(const Tile& tile) {
   return tile.x && tile.normalises && !tile.normalises_residual && !tile.dz && tile.dx_factor == 1.0 &&
