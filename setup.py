@@ -30,7 +30,7 @@ FLAGS += ["-Wall", "-Wextra"]
 X86_FLAGS = {
     "baseline.cpp": ["-O1"],
     "avx2.cpp": ["-mavx2", "-mfma", "-mf16c", "-mprfchw"],
-    "avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprfchw"],
+    "avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mbmi2", "-mprfchw"],
 }
 ISA_FLAGS = X86_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline.cpp": []}
 

@@ -8,6 +8,7 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <numeric>
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -38,11 +39,15 @@ constexpr int64_t kMaxSlices = 256;
 // nothing is read twice, for memory answers faster the longer it is asked in its own order: (32,256,56,56) float32 in
 // eval mode takes 1.15 times as long by stretches of 16 KiB (2 threads, AMD EPYC).
 constexpr int64_t kStretchBytes = 16384, kOnePassStretchBytes = 262144;
-// Planes of which a pass reads so little, of all its tensors together, are summed across the batch, if a slice has at
-// least so many samples: else what is made for the columns costs more than it saves. (Nor is there a gain where planes
-// are larger: in a walk down samples that are a multiple of 4 KB apart, as most numbers of channels have it, all lines
-// compete for a few places of the L1 cache.)
-constexpr int64_t kSmallPlaneBytes = 256, kSmallPlanesBatch = 16;
+// Planes of so many elements are taken across the batch, if that is so large: else what is made for their columns costs
+// more than it saves.
+constexpr int64_t kMaxSmallPlane = 64, kSmallPlanesBatch = 8;
+// So are planes of a few more bytes, if their last vector is not full.
+constexpr int64_t kMediumPlaneBytes = 512, kMediumPlanesBatch = 32;
+// Of each sample so many bytes at a time, as they lie side by side: of fewer, each page would be come to for little;
+// with more, the numbers of the columns leave the L1 cache. Up to the second where it takes those to make whole cache
+// lines: to write half of one past the caches, and the rest later, takes twice as long.
+constexpr int64_t kMinSmallPlanesBytes = 256, kSmallPlanesBytes = 4096, kMaxSmallPlanesBytes = 8192, kLineBytes = 64;
 // Planes: groups of channels that are left, for as many threads, when channels are taken together; one where no thread
 // is waked for the tensor.
 constexpr int64_t kGroups = 16;
@@ -82,12 +87,24 @@ class Grid {
     } else {
       height_ = shape.batch;
       const int64_t plane_bytes = shape.spatial * size;
-      const bool staged = !aligned(dtype);  // what is written by way of a stage goes in short stretches
+      const bool staged = shape.spatial % lanes(dtype) != 0;  // what is written so goes in short stretches
+      const int64_t whole = kLineBytes / std::gcd(plane_bytes, kLineBytes);  // planes of whole lines
+      across_ = has_small_planes(dtype) && whole * plane_bytes <= kMaxSmallPlanesBytes;
+      const int64_t stretch_bytes = across_                 ? kSmallPlanesBytes
+                                    : tensors > 0 || staged ? kStretchBytes
+                                                            : kOnePassStretchBytes;
       const int64_t together =
-          tensors > 0 ? std::min(kStretchBytes / plane_bytes, kGroupBytes / (shape.batch * plane_bytes * tensors))
-                      : (staged ? kStretchBytes : kOnePassStretchBytes) / plane_bytes;
+          tensors > 0 ? std::min(stretch_bytes / plane_bytes, kGroupBytes / (shape.batch * plane_bytes * tensors))
+                      : stretch_bytes / plane_bytes;
       const int64_t groups = shape.batch * shape.channels * shape.spatial < kParallelCost ? 1 : kGroups;
-      group_ = std::clamp<int64_t>(std::min(together, shape.channels / groups), 1, kTileChannels);
+      group_ = std::max<int64_t>(std::min(together, shape.channels / groups), 1);
+      if (across_) {
+        const int64_t least = std::max(whole, ceil_div(kMinSmallPlanesBytes, plane_bytes));
+        group_ = std::max(group_, least);
+        group_ = std::min(group_ - group_ % whole, shape.channels);
+      } else {
+        group_ = std::min<int64_t>(group_, kTileChannels);
+      }
       const int64_t elements =
           std::max(slice_bytes / size / group_, ceil_div(shape.batch * shape.spatial, kMaxSlices));  // of a channel
       part_ = round_up(ceil_div(shape.spatial, ceil_div(shape.spatial, elements)), kChannelPadding);
@@ -126,25 +143,19 @@ class Grid {
 
   // Whether every whole vector of every tile starts at a multiple of its size, if the tensor does.
   bool aligned(DataType dtype) const {
-    const int64_t lanes = dtype == kFloat64 ? 8 : 16;
-    return (shape_.rows ? together_ * shape_.channels : shape_.spatial) % lanes == 0;
+    if (across_) return std::gcd(group_, shape_.channels) * shape_.spatial * item_size(dtype) % kLineBytes == 0;
+    return (shape_.rows ? together_ * shape_.channels : shape_.spatial) % lanes(dtype) == 0;
   }
 
   // Whether a run of planes fits a stage.
   bool stages(DataType dtype) const {
-    return !shape_.rows && group_ * std::min(part_, shape_.spatial) * item_size(dtype) <= kStageBytes;
+    return !shape_.rows && !across_ && group_ * std::min(part_, shape_.spatial) * item_size(dtype) <= kStageBytes;
   }
 
-  // Whether a pass that reads so many tensors takes planes across the batch: whole ones, as small ones are.
-  bool small_planes(DataType dtype, int64_t tensors) const {
-    return !shape_.rows && shape_.spatial * item_size(dtype) * tensors <= kSmallPlaneBytes &&
-           std::min(extent_, height_) >= kSmallPlanesBatch;
-  }
-
-  // What a thread needs for that, or null.
+  // What a thread needs to take planes across the batch, or null where they are taken one by one.
   std::unique_ptr<Columns> columns(const KernelTable& table, DataType dtype) const {
-    if (!small_planes(dtype, 1)) return nullptr;
-    return std::make_unique<Columns>(table, dtype, shape_.spatial, group_, extent_);
+    if (!across_) return nullptr;
+    return std::make_unique<Columns>(table, dtype, shape_.spatial, group_);
   }
 
   // The first element of a slice.
@@ -158,6 +169,7 @@ class Grid {
   Tile place(Tile tile, int64_t group, int64_t slice) const {
     const int64_t channel = first_channel(group), channels = end_channel(group) - channel;
     tile.across = shape_.rows;
+    tile.plane = 0;
     tile.offset = offset(group, slice);
     if (!shape_.rows) {
       const int64_t part = slice % parts_, plane = slice / parts_ * extent_;
@@ -186,6 +198,15 @@ class Grid {
   }
 
  private:
+  static int64_t lanes(DataType dtype) { return dtype == kFloat64 ? 8 : 16; }
+
+  bool has_small_planes(DataType dtype) const {
+    const int64_t size = shape_.spatial;
+    if (size <= kMaxSmallPlane) return shape_.batch >= kSmallPlanesBatch;
+    return size * item_size(dtype) <= kMediumPlaneBytes && size % kChannelPadding != 0 &&
+           shape_.batch >= kMediumPlanesBatch;
+  }
+
   Shape shape_;
   int64_t height_;  // planes of a channel, or rows
   int64_t group_, groups_, slices_;
@@ -193,6 +214,7 @@ class Grid {
   int64_t together_ = 1;  // rows that are taken as one: their masks lie side by side as they do
   int64_t part_ = 0, parts_ = 1;
   bool fits_cache_;
+  bool across_ = false;  // planes of several channels, across the batch
 };
 
 // A block of the pool, or none where there is none or no bytes are asked for.
@@ -264,6 +286,9 @@ void fence() {
   _mm_sfence();
 #endif
 }
+
+// Of a channel, for z.
+constexpr uint32_t kReadForZ = set_of(kPivot, kScale, kScaleLow, kShift, kShiftLow, kActivationWeight);
 
 // ---- What both directions share ------------------------------------------------------------------------------------
 
@@ -405,21 +430,17 @@ class Operation {
     return grid_.stages(common_.dtype) && exceed(shares.staged) ? Outputs::staged : Outputs::cached;
   }
 
-  void run_tile(TileFunction function, Tile tile, const Slice& slice) const {
-    run_tile(function, tile, slice, x_norm_);
-  }
-
-  // With the residual's batch norm in the place of x's, where a pass is over it alone.
-  void run_tile(TileFunction function, Tile tile, const Slice& slice, const Norm& norm) const {
-    function(placed(tile, slice, norm));
-  }
-
-  // For the first `sums` of these, across the batch where it is asked to; it reads the first `parameters` of these.
-  void sum_tile(TileFunction function, Tile tile, const Slice& slice, const Norm& norm, bool across, int parameters,
-                int sums) const {
+  // A function over a slice; with the residual's batch norm in the place of x's where the pass is over it alone.
+  void run_tile(TileFunction function, Tile tile, const Slice& slice, const Norm& norm,
+                const Columns::Needs& needs) const {
     tile = placed(tile, slice, norm);
-    across ? slice.columns->run(function, tile, parameters, sums) : function(tile);
-    add_up_columns(tile.sums, 0, sums);
+    if (!slice.columns) return function(tile);
+    if (Columns::takes(tile)) return slice.columns->run(function, tile, needs);
+    tile.outputs = Outputs::cached;  // a few planes that are left, one by one: they need not be aligned
+    function(tile);
+  }
+  void run_tile(TileFunction function, Tile tile, const Slice& slice, const Columns::Needs& needs) const {
+    run_tile(function, tile, slice, x_norm_, needs);
   }
 
   // Of rows [first, last) of a tile's sums, those of each channel's columns.
@@ -602,7 +623,9 @@ class ForwardPass : Operation {
   }
 
   void operator()() {
-    const auto write = [this](const Slice& slice) { run_tile(kernels_.forward[call_.dtype], base_, slice); };
+    const auto write = [this](const Slice& slice) {
+      run_tile(kernels_.forward[call_.dtype], base_, slice, {kReadForZ, call_.normalises_residual ? kReadForZ : 0, 0});
+    };
     if (!call_.training) {
       call_.statistics ? use_running_statistics() : use_no_statistics();
       run({{nullptr, write}});
@@ -669,7 +692,9 @@ class ForwardPass : Operation {
         tile.x = x_;
         tile.normalises_residual = false;  // of the two, this is about one
         tile.sums = sums_.start(slice, 0, 2);
-        pass_.sum_tile(functions[pass_.call_.dtype], tile, slice, norm_, slice.columns, kPivot + 1, 2);
+        pass_.run_tile(functions[pass_.call_.dtype], tile, slice, norm_,
+                       {set_of(kPivot), 0, set_of(kDeviation, kDeviationSquares)});
+        pass_.add_up_columns(tile.sums, 0, 2);
       };
       run(pass_.table_.statistics);
       sums_.mend(
@@ -900,15 +925,6 @@ class BackwardPass : Operation {
 
   bool evaluates_z() const { return !call_.mask && call_.activation != kIdentity; }
 
-  // Whether the sums are made across the batch. Where z is evaluated, lanes that are left empty cost more than reading
-  // several tensors that way, if samples are not a multiple of a page apart.
-  bool sums_across() const {
-    const Shape& x = call_.shape;
-    const bool aliased = x.channels * x.spatial * item_size(call_.dtype) % 4096 == 0;
-    const bool empty_lanes = evaluates_z() && x.spatial % kChannelPadding != 0;
-    return grid_.small_planes(call_.dtype, empty_lanes && !aliased ? 1 : 2);
-  }
-
   // Of a slice's dz, if it is to be kept for the second pass: where it costs more to make than to read again. Not where
   // it is rounded as dresidual would be. Where all threads share the passes it waits in the last cache for all slices'
   // second turn, which gains where tensors take half of its room.
@@ -917,8 +933,7 @@ class BackwardPass : Operation {
     const bool half = item_size(call_.dtype) == 2;
     const bool rounded = half && call_.residual && !call_.normalises_residual;
     const bool again = evaluates_z() && !reads_dresidual() && !rounded;
-    const bool as_planes = !sums_across();  // as the pass that reads it walks
-    if (!again || !as_planes) return 0;
+    if (!again) return 0;
     if (grid_.by_groups(call_.threads)) return bytes * grid_.slices() <= kMaxKeptBytes ? bytes : 0;
     return half && kernels_.costly && bytes * grid_.slices() * grid_.groups() <= cache_bytes() / 2 ? bytes : 0;
   }
@@ -933,7 +948,8 @@ class BackwardPass : Operation {
     if (reads_dresidual() && grid_.by_groups(call_.threads)) tile.outputs = Outputs::cached;
     const auto run = [&](const TileFunction* functions) {
       tile.sums = sums_.start(slice, 0, reduced_);
-      sum_tile(functions[call_.dtype], tile, slice, x_norm_, sums_across(), kParameters, reduced_);
+      run_tile(functions[call_.dtype], tile, slice, reduction_needs(tile));
+      add_up_columns(tile.sums, 0, reduced_);
     };
     run(kernels_.reduce);
     if (call_.dtype == kFloat64) return;
@@ -943,6 +959,18 @@ class BackwardPass : Operation {
     sums_.mend(
         slice, reduced_, [&](int64_t c) { return hold && finite(slice.index, c); }, [&] { run(kernels_.reduce_wide); },
         kDySquares, dy_squares_hold);
+  }
+
+  Columns::Needs reduction_needs(const Tile& tile) const {
+    const uint32_t for_z = evaluates_z() ? kReadForZ : set_of(kPivot);
+    const uint32_t scaled = set_of(kInputScale);
+    Columns::Needs needs{for_z | (tile.dx ? scaled : 0), 0, set_of(kDz, kDzDeviation, kDzSquares)};
+    if (call_.activation_weight.data) needs.sums |= set_of(kActivationDweight);
+    if (call_.normalises_residual) {
+      needs.residual_parameters = for_z | (tile.dresidual ? scaled : 0);
+      needs.sums |= set_of(kDzResidualDeviation);
+    }
+    return needs;
   }
 
   double dy_squares(int64_t group, int64_t slice) const {
@@ -1042,7 +1070,11 @@ class BackwardPass : Operation {
       kernels = &table_.activations[kIdentity];
       tile.dy = call_.dresidual;
     }
-    run_tile(kernels->apply[call_.dtype], tile, slice);
+    const uint32_t for_dx = set_of(kPivot, kInputScale, kInputSlope, kInputShift);
+    const uint32_t for_z = kernels == &kernels_ && !tile.dz && evaluates_z() ? kReadForZ : 0;
+    run_tile(kernels->apply[call_.dtype], tile, slice,
+             {for_dx | for_z, call_.normalises_residual ? for_dx | for_z : 0,
+              any_cancels ? set_of(kDxSquares, kDresidualSquares) : 0});
     if (any_cancels) add_up_columns(tile.sums, kDxSquares, kSums);
   }
 
@@ -1158,7 +1190,7 @@ class BackwardPass : Operation {
             tile.dresidual = dz.get();
             tile.outputs = Outputs::cached;
             tile.sums = unused.start(slice, 0, reduced_);
-            run_tile(kernels_.reduce[call_.dtype], tile, slice);
+            run_tile(kernels_.reduce[call_.dtype], tile, slice, reduction_needs(tile));
           }}});
     return nonfinite_in(dz.get());
   }

@@ -75,6 +75,7 @@ struct Tile {
   int64_t offset, stride, channel_stride;
   int64_t following;  // the `offset` of the tile that comes next, to be asked for at the end of this one
   int64_t mask_offset, mask_stride, mask_channel_stride;  // bytes; a stretch's bits start a byte of their own
+  int64_t plane;  // across: elements of each of the planes that are side by side, whose bits start a byte each; or 0
   bool across;
 
   const void* x;

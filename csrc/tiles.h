@@ -33,14 +33,60 @@ struct Width {
 template <class T>
 using WidthOf = std::conditional_t<kParts != 1 || sizeof(T) == 8, Width<1, 1>, Width<4, 2>>;
 
+// Where the bits of a row's block lie in a mask: of planes side by side, each of which starts a byte, so that there are
+// gaps between their bits.
+struct GappedBits {
+  int64_t byte;     // of the row: where the eight bytes begin that have them
+  uint64_t select;  // them there; 0 where there are no gaps
+
+  VGKERN_INLINE uint32_t load(const uint8_t* row) const {
+    uint64_t word;
+    std::memcpy(&word, row + byte, sizeof word);
+    return static_cast<uint32_t>(compress_bits(word, select));
+  }
+
+  // Clears what lies behind them in the eight bytes: the columns there come later.
+  VGKERN_INLINE void store(uint8_t* row, uint32_t bits) const {
+    const uint64_t before = (select & -select) - 1;
+    // But at a row's end it is one byte at most. A load of all would wait for the store that it is to find some in.
+    uint64_t word = row[byte];
+    if (before > 0xff) std::memcpy(&word, row + byte, sizeof word);
+    word = (word & before) | expand_bits(bits, select);
+    std::memcpy(row + byte, &word, sizeof word);
+  }
+};
+
+// Whether those of so many elements always lie in eight bytes, where they begin at a multiple of as many.
+VGKERN_INLINE bool fit_word(int64_t elements, int64_t plane) {
+  const int64_t gap = -plane & 7;
+  if (elements % plane == 0) return elements + (elements / plane - 1) * gap <= 64;
+  return 7 + elements + (elements + plane - 2) / plane * gap <= 64;
+}
+
+// Of elements [begin, end) of a run.
+VGKERN_INLINE GappedBits gapped_bits(const Tile& tile, int64_t begin, int64_t end) {
+  const auto plane = static_cast<unsigned>(tile.plane), width = static_cast<unsigned>(tile.width);
+  const unsigned bytes = (plane + 7) / 8, last_byte = width / plane * bytes - 8;
+  auto element = static_cast<unsigned>(begin), number = element / plane, before = element % plane;
+  const unsigned first_byte = number * bytes + before / 8, byte = first_byte < last_byte ? first_byte : last_byte;
+  uint64_t select = 0;
+  for (; element < end; ++number, before = 0) {
+    const unsigned left = static_cast<unsigned>(end) - element, count = plane - before < left ? plane - before : left;
+    select |= ((uint64_t{1} << count) - 1) << (8 * (number * bytes - byte) + before);
+    element += count;
+  }
+  return {byte, select};
+}
+
 // Where a block lies: with one column, vectors side by side; with two, rows of two side by side.
 template <class R, int COLUMNS>
 struct Block {
   int64_t element, row;
   int64_t mask_byte, mask_row;
   int64_t dz, dz_row;
-  int64_t ahead;  // an element that the walk comes to later, to be asked for now
-  int lanes;      // of the last vector; the others have all
+  int64_t ahead, ahead_row;  // an element that the walk comes to later, to be asked for now, and one a row further
+  int lanes;                 // of the last vector; the others have all
+  GappedBits gapped;         // those of the columns, where mask_byte is that of the row
 
   VGKERN_INLINE static int64_t offset(int j, int64_t row, int64_t step) {
     return COLUMNS == 1 ? j * step : (j / 2) * row + (j % 2) * step;
@@ -48,6 +94,8 @@ struct Block {
   VGKERN_INLINE int64_t element_of(int j) const { return element + offset(j, row, kLanes<R>); }
   VGKERN_INLINE int64_t mask_byte_of(int j) const { return mask_byte + offset(j, mask_row, kLanes<R> / 8); }
   VGKERN_INLINE int64_t dz_of(int j) const { return dz + offset(j, dz_row, kLanes<R>); }
+  VGKERN_INLINE int64_t ahead_of(int j) const { return ahead + offset(j, ahead_row, kLanes<R>); }
+  VGKERN_INLINE bool has_gaps() const { return gapped.select != 0; }
   VGKERN_INLINE bool whole() const { return __builtin_expect(lanes == kLanes<R>, 1); }
   // A bit for each lane of the last vector that is not filled in.
   VGKERN_INLINE unsigned bits() const { return (1u << lanes) - 1; }
@@ -56,13 +104,17 @@ struct Block {
     element += offset(vectors, row, kLanes<R>);
     mask_byte += offset(vectors, mask_row, kLanes<R> / 8);
     dz += offset(vectors, dz_row, kLanes<R>);
-    if (COLUMNS == 2) ahead += vectors * kLanes<R>;
+    if (COLUMNS == 2) ahead += offset(vectors, ahead_row, kLanes<R>);
   }
 };
 
 // How many bytes ahead of itself a walk asks for: far enough for memory to answer, near enough for the cache to keep
 // them; further where it reads one tensor alone, and comes there sooner.
 constexpr int64_t kNear = 8192, kFar = 16384;
+// The same along each of the rows that planes make side by side, which lie in as many pages.
+constexpr int64_t kAlong = 1024;
+// Rows of a band of planes: what a pass reads and writes for each column is then little beside them.
+constexpr int64_t kPlaneRows = 32;
 // What a band of rows takes of each tensor: more where it is one tensor alone.
 constexpr int64_t kNarrow = 8192, kBroad = 16384;
 
@@ -150,19 +202,28 @@ VGKERN_INLINE void walk(Pass& pass) {
   // than the pass asks for. Where there is but one column, all rows.
   const int64_t rows_in_band = Pass::kBandBytes / (vectors * kStep * static_cast<int64_t>(sizeof(T)));
   const int64_t whole_bands = rows_in_band / Pass::kBandRows * Pass::kBandRows;
-  const int64_t band = vectors <= 2 ? tile.runs : whole_bands > 0 ? whole_bands : Pass::kBandRows;
+  const int64_t band = tile.plane != 0   ? kPlaneRows
+                       : vectors <= 2    ? tile.runs
+                       : whole_bands > 0 ? whole_bands
+                                         : Pass::kBandRows;
   int64_t next_row = band, next_column = 0;
   for (int64_t first_row = 0; first_row < tile.runs; first_row += band) {
     const int64_t end_row = first_row + band < tile.runs ? first_row + band : tile.runs;
     int64_t v = 0;
-    const auto start = [&](auto& at) VGKERN_LAMBDA {
+    const auto start = [&](auto& at, int columns) VGKERN_LAMBDA {
       at.element = tile.offset + first_row * tile.stride + v * kStep;
       at.row = tile.stride;
-      at.mask_byte = tile.mask_offset + first_row * tile.mask_stride + v * (kStep / 8);
+      at.mask_byte = tile.mask_offset + first_row * tile.mask_stride;
       at.mask_row = tile.mask_stride;
       at.dz = (first_row * vectors + v) * kStep;
       at.dz_row = vectors * kStep;
       at.lanes = kStep;
+      if (tile.plane % 8 == 0) {
+        at.mask_byte += v * (kStep / 8);
+      } else {
+        const int64_t first = v * kStep, end = first + columns * kStep;
+        at.gapped = gapped_bits(tile, first, end < tile.width ? end : tile.width);
+      }
     };
     const auto next = [&](int columns) VGKERN_LAMBDA {
       const int64_t beyond = next_row - tile.runs;
@@ -171,12 +232,25 @@ VGKERN_INLINE void walk(Pass& pass) {
       for (next_column += columns * band; next_column >= vectors; next_column -= vectors) ++next_row;
       return ahead;
     };
+    const auto look_ahead = [&](auto& at, int columns) VGKERN_LAMBDA {
+      if (tile.plane == 0) {
+        at.ahead = next(columns);
+        at.ahead_row = columns * kStep;
+        return;
+      }
+      const int64_t column = v + kAlong / (kStep * static_cast<int64_t>(sizeof(T)));
+      const int64_t next_band = end_row < tile.runs ? tile.offset + end_row * tile.stride : tile.following;
+      at.ahead = column < vectors ? tile.offset + first_row * tile.stride + column * kStep
+                                  : next_band + (column - vectors) * kStep;
+      at.ahead_row = tile.stride;
+    };
     if constexpr (Pass::Width::columns == 2) {
-      for (; v + 2 <= whole; v += 2) {
+      const bool pairs = tile.plane % 8 == 0 || fit_word(2 * kStep, tile.plane);
+      for (const int64_t end = pairs ? whole : 0; v + 2 <= end; v += 2) {
         typename Pass::template Stretch<2> stretch(pass, v * kStep);
         Block<R, 2> at{};
-        start(at);
-        at.ahead = next(2);
+        start(at, 2);
+        look_ahead(at, 2);
         for (int64_t row = first_row; row < end_row;) {
           const int64_t end = row + Pass::kTerms < end_row ? row + Pass::kTerms : end_row;
           for (; row + kWidth / 2 <= end; row += kWidth / 2) {
@@ -195,8 +269,8 @@ VGKERN_INLINE void walk(Pass& pass) {
     for (; v < vectors; ++v) {
       typename Pass::template Stretch<1> stretch(pass, v * kStep);
       Block<R, 1> at{};
-      start(at);
-      at.ahead = next(1);
+      start(at, 1);
+      look_ahead(at, 1);
       for (int64_t row = first_row; row < end_row;) {
         const int64_t end = row + kColumnStrip < end_row ? row + kColumnStrip : end_row;
         if (kWidth > 1 && tile.stride == kStep && tile.width == kStep) {  // rows of one vector each, side by side
@@ -214,7 +288,7 @@ VGKERN_INLINE void walk(Pass& pass) {
           at.element += at.row;
           at.mask_byte += at.mask_row;
           at.dz += at.dz_row;
-          at.ahead += kStep;
+          at.ahead += at.ahead_row;
         }
         stretch.end_strip();
       }
@@ -236,7 +310,7 @@ template <bool PAIRS, bool ASKS = true, int VECTORS, class T, class R, int COLUM
 VGKERN_INLINE void load_block(Vec<R> (&v)[VECTORS], const T* base, const Block<R, COLUMNS>& at, R fill) {
   constexpr int kLast = VECTORS - 1;
   unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
-    if constexpr (ASKS && j * kLanes<R> * sizeof(T) % 64 == 0) ask_for(base + at.ahead + j * kLanes<R>);
+    if constexpr (ASKS && j * kLanes<R> * sizeof(T) % 64 == 0) ask_for(base + at.ahead_of(j));
   });
   const bool whole = COLUMNS == 2 || at.whole();
   if constexpr (PAIRS && VECTORS > 1) {
@@ -257,7 +331,7 @@ template <int VECTORS, class T, class R, int COLUMNS>
 VGKERN_INLINE void claim_block(T* base, const Block<R, COLUMNS>& at, Outputs outputs) {
   if (outputs != Outputs::cached) return;
   unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
-    if constexpr (j * kLanes<R> * sizeof(T) % 64 == 0) __builtin_prefetch(base + at.ahead + j * kLanes<R>, 1);
+    if constexpr (j * kLanes<R> * sizeof(T) % 64 == 0) __builtin_prefetch(base + at.ahead_of(j), 1);
   });
 }
 
@@ -288,7 +362,15 @@ VGKERN_INLINE void store_block(const Vec<R> (&v)[VECTORS], T* base, const Block<
 template <int VECTORS, class R, int COLUMNS>
 VGKERN_INLINE int load_masks(Mask<R> (&mask)[VECTORS], const uint8_t* base, const Block<R, COLUMNS>& at) {
   int set = 0;
-  if (VECTORS == 1 || (COLUMNS == 1 && !at.whole())) {
+  if (at.has_gaps()) {
+    unroll<VECTORS / COLUMNS>([&](auto row) VGKERN_LAMBDA {
+      const uint32_t bits = at.gapped.load(base + at.mask_byte + row * at.mask_row);
+      unroll<COLUMNS>([&](auto c) VGKERN_LAMBDA {
+        mask[row * COLUMNS + c] = mask_from_bits<R>(bits >> c * kLanes<R> & ((1u << kLanes<R>)-1));
+      });
+      set += __builtin_popcount(bits);
+    });
+  } else if (VECTORS == 1 || (COLUMNS == 1 && !at.whole())) {
     unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
       const int lanes = j < VECTORS - 1 ? kLanes<R> : at.lanes;
       const unsigned bits = load_bits(base + at.mask_byte_of(j), lanes);
@@ -308,7 +390,13 @@ VGKERN_INLINE int load_masks(Mask<R> (&mask)[VECTORS], const uint8_t* base, cons
 
 template <int VECTORS, class R, int COLUMNS>
 VGKERN_INLINE void store_masks(const Mask<R> (&mask)[VECTORS], uint8_t* base, const Block<R, COLUMNS>& at) {
-  if (VECTORS == 1 || (COLUMNS == 1 && !at.whole())) {
+  if (at.has_gaps()) {
+    unroll<VECTORS / COLUMNS>([&](auto row) VGKERN_LAMBDA {
+      uint32_t all = bits(mask[row * COLUMNS]);
+      if (COLUMNS == 2) all |= bits(mask[row * COLUMNS + COLUMNS - 1]) << kLanes<R>;
+      at.gapped.store(base + at.mask_byte + row * at.mask_row, all);
+    });
+  } else if (VECTORS == 1 || (COLUMNS == 1 && !at.whole())) {
     unroll<VECTORS>([&](auto j) VGKERN_LAMBDA {
       if (j < VECTORS - 1) {
         store_bits(base + at.mask_byte_of(j), bits(mask[j]), kLanes<R>);

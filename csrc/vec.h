@@ -345,6 +345,35 @@ VGKERN_INLINE void store_bits(uint8_t* p, unsigned bits, int lanes) {
   }
 }
 
+// The bits of `word` that `select` has, side by side; and such bits where it has them. (Every machine with AVX-512 has
+// instructions for it that take a cycle; with some that have AVX2 alone they take hundreds.)
+#if VGKERN_AVX512
+VGKERN_INLINE uint64_t compress_bits(uint64_t word, uint64_t select) { return _pext_u64(word, select); }
+VGKERN_INLINE uint64_t expand_bits(uint64_t bits, uint64_t select) { return _pdep_u64(bits, select); }
+#else
+// take(where they begin in `select`, where side by side, a bit for each) for each stretch of bits of `select`.
+template <class Take>
+VGKERN_INLINE void each_stretch(uint64_t select, Take take) {
+  for (int filled = 0; select != 0;) {
+    const int begin = __builtin_ctzll(select), count = __builtin_ctzll(~(select >> begin));
+    const uint64_t ones = (uint64_t{1} << count) - 1;
+    take(begin, filled, ones);
+    filled += count;
+    select &= ~(ones << begin);
+  }
+}
+VGKERN_INLINE uint64_t compress_bits(uint64_t word, uint64_t select) {
+  uint64_t bits = 0;
+  each_stretch(select, [&](int begin, int filled, uint64_t ones) { bits |= (word >> begin & ones) << filled; });
+  return bits;
+}
+VGKERN_INLINE uint64_t expand_bits(uint64_t bits, uint64_t select) {
+  uint64_t word = 0;
+  each_stretch(select, [&](int begin, int filled, uint64_t ones) { word |= (bits >> filled & ones) << begin; });
+  return word;
+}
+#endif
+
 // ---- Memory --------------------------------------------------------------------------------------------------------
 
 struct bfloat16 {

@@ -218,12 +218,21 @@ def test_rows_in_pairs(isa, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 def test_small_planes_across_the_batch(isa, dtype):
-    """Whole vectors of columns and tails, whole bytes of a mask and not, one channel's columns and many."""
-    shapes = [(17, 19, 5, 5), (33, 32, 2, 4), (16, 3, 3, 3), (20, 40, 1, 2), (18, 5, 7, 9)]
+    """Whole vectors of columns and tails, whole bytes of a mask and not, several bands; planes that are left alone."""
+    shapes = [
+        (17, 19, 5, 5),
+        (33, 32, 2, 4),
+        (16, 3, 3, 3),
+        (20, 40, 1, 2),
+        (70, 35, 7, 7),
+        (32, 9, 14, 14),
+        (9, 260, 2, 2),
+    ]
     for activation, shape in itertools.product(("relu", "prelu", "gelu"), shapes):
         Case(activation, dtype, "contiguous", True, shape=shape).assert_passes("cpu")
     Case("relu", dtype, "contiguous", False, shape=shapes[0]).assert_passes("cpu")
     Case("gelu", dtype, "contiguous", True, residual=False, shape=shapes[0]).assert_passes("cpu")
+    Case("silu", dtype, "contiguous", shape=shapes[0], layer="double_batch_norm_act").assert_passes("cpu")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
@@ -240,12 +249,12 @@ def test_a_smooth_backward_in_parts(isa, dtype, residual):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("batch", [2, 16])
+@pytest.mark.parametrize("batch", [2, 16, 33])
 def test_mask_bits_and_the_gradient_made_from_them(isa, dtype, batch):
     """In mode "none" z is x + residual to the bit, so the mask must be the reference's, for every width of a tail."""
-    widths = (*range(1, 35), 63, 64)
+    widths = (49, 130, 196) if batch == 33 else (*range(1, 35), 63, 64)
     for activation, rows, width in itertools.product(("relu", "hardsigmoid"), (False, True), widths):
-        shape = (batch, width, 2, 2) if rows else (batch, 35 if batch == 16 else 3, 1, width)
+        shape = (batch, width, 2, 2) if rows else (batch, 3 if batch == 2 else 35, 1, width)
         arguments, dy = _arguments(shape, dtype, mode="none", activation=activation, rows=rows)
         ours = _forward_and_backward(arguments, dy)
         theirs = _forward_and_backward(arguments, dy, backend=reference)
@@ -348,8 +357,8 @@ def no_cache() -> Iterator[None]:
 
 
 # Planes of whole cache lines; small ones that do not begin at one, in groups that the last does not fill; some that
-# fill a stage, and one that does not fit; small ones across the batch, of whole lines, and not; rows, the same, and
-# some of whole lines in pairs alone.
+# fill a stage, and one that does not fit; small ones across the batch, of whole lines, not, and with a few that are
+# left; rows, the same, and some of whole lines in pairs alone.
 PAST_CACHES = [
     ((3, 4, 8, 8), False),
     ((3, 37, 7, 7), False),
@@ -358,6 +367,7 @@ PAST_CACHES = [
     ((1, 2, 91, 95), False),
     ((16, 32, 5, 5), False),
     ((17, 37, 3, 5), False),
+    ((9, 44, 4, 6), False),
     ((4, 32, 3, 3), True),
     ((4, 13, 3, 3), True),
     ((4, 24, 3, 3), True),

@@ -206,7 +206,9 @@ def test_records_of_what_is_not_finite(backend):
 
 
 @pytest.mark.parametrize("of_x", [True, False])
-@pytest.mark.parametrize("shape", [(4, C, 16, 10), (4, C, 13, 11)], ids=["whole vectors", "tails"])
+@pytest.mark.parametrize(
+    "shape", [(4, C, 16, 10), (4, C, 13, 11), (30, C, 3, 5)], ids=["whole vectors", "tails", "small planes"]
+)
 def test_the_norm_of_a_gradient_that_cancels(backend, shape, of_x):
     """dz along x̂, or r̂, of which that batch norm leaves little, and the other what it will."""
     norm, shortcut = (BatchNormAct2d(C, activation=None, eps=1e-12) for _ in range(2))

@@ -111,11 +111,12 @@ def _cancelling_gradient(x: torch.Tensor, noise: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("size", [(9, 11), (3, 5)], ids=["planes", "small planes"])
 @pytest.mark.parametrize("noise", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 0.0])
-def test_cancelling_gradients(backend, device, memory_format, noise):
+def test_cancelling_gradients(backend, device, memory_format, size, noise):
     """The record is the norm of the dx that was written, however little of dz is left in it."""
     layer = randomised(BatchNormAct2d(6, activation=None)).to(device)
-    x = torch.randn(8, 6, 9, 11, device=device).contiguous(memory_format=FORMATS[memory_format]).requires_grad_()
+    x = torch.randn(8, 6, *size, device=device).contiguous(memory_format=FORMATS[memory_format]).requires_grad_()
     dy = torch.empty_like(x).copy_(_cancelling_gradient(x, noise))
     layer(x).backward(dy)
     stats = layer.grad_stats()
