@@ -53,10 +53,11 @@ constexpr int64_t kMinSmallPlanesBytes = 256, kSmallPlanesBytes = 4096, kMaxSmal
 constexpr int64_t kGroups = 16;
 // Across channels: channels of a group, so many that the next row's are not far.
 constexpr int64_t kGroupChannels = 1024;
-// Across channels: rows of up to so many, if half of their last vector is empty, are taken in pairs: as one row, in
-// which each channel has two columns. In longer ones that vector is little beside the rest, and twice the sums cost
-// more.
-constexpr int64_t kMaxPairedChannels = 96;
+// Across channels: rows that do not end with a cache line are taken together, as one that does, in which each channel
+// has several columns: half a line written past the caches, and the rest when the walk comes there, takes two to three
+// times as long as both at once. It has more sums, too, so that with many channels tensors of fewer bytes would lose by
+// it.
+constexpr int64_t kMaxColumnsTogether = 2 * kGroupChannels, kFewChannels = 96, kManyBytes = 4 * 1024 * 1024;
 // Of a channel in a slice of rows, at least: its sums take 48 bytes, which are written, looked at and added up.
 constexpr int64_t kSliceColumnBytes = 512;
 // What a group's tensors may take for those that are read twice to lie in the L2 cache when the second pass begins.
@@ -78,7 +79,10 @@ class Grid {
     if (shape.rows) {
       height_ = shape.batch * shape.spatial;
       group_ = std::min(shape.channels, kGroupChannels);
-      if (shape.channels % 16 == 8 && shape.channels <= kMaxPairedChannels && height_ % 2 == 0) together_ = 2;
+      const int64_t rows = whole_lines(shape.channels * size);  // that make such
+      const bool gains = shape.channels <= kFewChannels || height_ * shape.channels * size >= kManyBytes;
+      const bool fits = shape.channels % 8 == 0 && height_ % rows == 0 && rows * shape.channels <= kMaxColumnsTogether;
+      if (gains && fits) together_ = rows;
       extent_ =
           std::max({ceil_div(slice_bytes / size, group_), kSliceColumnBytes / size, ceil_div(height_, kMaxSlices)});
       extent_ = round_up(extent_, together_);
@@ -88,7 +92,7 @@ class Grid {
       height_ = shape.batch;
       const int64_t plane_bytes = shape.spatial * size;
       const bool staged = shape.spatial % lanes(dtype) != 0;  // what is written so goes in short stretches
-      const int64_t whole = kLineBytes / std::gcd(plane_bytes, kLineBytes);  // planes of whole lines
+      const int64_t whole = whole_lines(plane_bytes);
       across_ = has_small_planes(dtype) && whole * plane_bytes <= kMaxSmallPlanesBytes;
       const int64_t stretch_bytes = across_                 ? kSmallPlanesBytes
                                     : tensors > 0 || staged ? kStretchBytes
@@ -143,8 +147,10 @@ class Grid {
 
   // Whether every whole vector of every tile starts at a multiple of its size, if the tensor does.
   bool aligned(DataType dtype) const {
-    if (across_) return std::gcd(group_, shape_.channels) * shape_.spatial * item_size(dtype) % kLineBytes == 0;
-    return (shape_.rows ? together_ * shape_.channels : shape_.spatial) % lanes(dtype) == 0;
+    if (!shape_.rows && !across_) return shape_.spatial % lanes(dtype) == 0;
+    const int64_t elements =
+        shape_.rows ? together_ * shape_.channels : std::gcd(group_, shape_.channels) * shape_.spatial;
+    return elements * item_size(dtype) % kLineBytes == 0;
   }
 
   // Whether a run of planes fits a stage.
@@ -198,6 +204,9 @@ class Grid {
   }
 
  private:
+  // How many stretches of so many bytes make whole cache lines.
+  static int64_t whole_lines(int64_t bytes) { return kLineBytes / std::gcd(bytes, kLineBytes); }
+
   static int64_t lanes(DataType dtype) { return dtype == kFloat64 ? 8 : 16; }
 
   bool has_small_planes(DataType dtype) const {

@@ -102,7 +102,7 @@ def _record(results) -> dict[str, float]:
 # ---- Determinism ---------------------------------------------------------------------------------------------------
 
 # Few channels of many elements, more channels than threads, planes larger than a slice, small ones across the batch, in
-# one slice and in several, and rows: wide, narrow, and in pairs.
+# one slice and in several, and rows: wide, narrow, and some taken together.
 THREADED = [
     ((8, 3, 70, 71), False),
     ((4, 40, 33, 31), False),
@@ -207,11 +207,12 @@ def test_rows_of_many_channels(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
-def test_rows_in_pairs(isa, dtype):
-    """A pair is one vector, three, or eleven; an odd number of rows and long ones are taken one by one."""
-    shapes = [(32, 8, 9, 30), (16, 24, 30, 30), (6, 88, 9, 30), (5, 24, 9, 3), (2, 200, 5, 3)]
+def test_rows_together(isa, dtype):
+    """Two make whole cache lines, or four; an odd number of them, and long ones that are few, are taken one by one."""
+    shapes = [(32, 8, 9, 30), (16, 24, 30, 30), (6, 88, 9, 30), (3, 80, 8, 4), (5, 24, 9, 3), (2, 200, 5, 3)]
     for activation, shape in itertools.product(("relu", "prelu", "gelu"), shapes):
         Case(activation, dtype, "channels_last", True, shape=shape).assert_passes("cpu")
+    Case("relu", dtype, "channels_last", True, shape=(4, 104, 52, 100)).assert_passes("cpu")  # long ones, and many
     Case("relu", dtype, "channels_last", False, shape=shapes[1]).assert_passes("cpu")
     Case("relu", dtype, "channels_last", shape=shapes[1], layer="double_batch_norm_act").assert_passes("cpu")
 
@@ -358,7 +359,7 @@ def no_cache() -> Iterator[None]:
 
 # Planes of whole cache lines; small ones that do not begin at one, in groups that the last does not fill; some that
 # fill a stage, and one that does not fit; small ones across the batch, of whole lines, not, and with a few that are
-# left; rows, the same, and some of whole lines in pairs alone.
+# left; rows, the same, and some that make whole lines together alone.
 PAST_CACHES = [
     ((3, 4, 8, 8), False),
     ((3, 37, 7, 7), False),
