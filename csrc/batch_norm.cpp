@@ -53,11 +53,12 @@ constexpr int64_t kMinSmallPlanesBytes = 256, kSmallPlanesBytes = 4096, kMaxSmal
 constexpr int64_t kGroups = 16;
 // Across channels: channels of a group, so many that the next row's are not far.
 constexpr int64_t kGroupChannels = 1024;
+// A tensor of so many bytes is probably written past the caches. (The cuts are not to depend on whether it is.)
+constexpr int64_t kLargeBytes = 4 * 1024 * 1024;
 // Across channels: rows that do not end with a cache line are taken together, as one that does, in which each channel
 // has several columns: half a line written past the caches, and the rest when the walk comes there, takes two to three
-// times as long as both at once. It has more sums, too, so that with many channels tensors of fewer bytes would lose by
-// it.
-constexpr int64_t kMaxColumnsTogether = 2 * kGroupChannels, kFewChannels = 96, kManyBytes = 4 * 1024 * 1024;
+// times as long as both at once. There are more sums, too, so that with many channels smaller tensors would lose by it.
+constexpr int64_t kMaxColumnsTogether = 2 * kGroupChannels, kFewChannels = 96;
 // Of a channel in a slice of rows, at least: its sums take 48 bytes, which are written, looked at and added up.
 constexpr int64_t kSliceColumnBytes = 512;
 // What a group's tensors may take for those that are read twice to lie in the L2 cache when the second pass begins.
@@ -72,51 +73,11 @@ constexpr int64_t kMaxKeptBytes = 2 * 1024 * 1024;
 // some columns, a slice some rows.
 class Grid {
  public:
-  Grid(const Shape& shape, DataType dtype, int64_t tensors) : shape_(shape) {
-    const int64_t size = item_size(dtype);
-    const int64_t share = shape.batch * shape.channels * shape.spatial * size / kSlices;
-    const int64_t slice_bytes = std::clamp(share, kMinSliceBytes, kMaxSliceBytes);
-    if (shape.rows) {
-      height_ = shape.batch * shape.spatial;
-      group_ = std::min(shape.channels, kGroupChannels);
-      const int64_t rows = whole_lines(shape.channels * size);  // that make such
-      const bool gains = shape.channels <= kFewChannels || height_ * shape.channels * size >= kManyBytes;
-      const bool fits = shape.channels % 8 == 0 && height_ % rows == 0 && rows * shape.channels <= kMaxColumnsTogether;
-      if (gains && fits) together_ = rows;
-      extent_ =
-          std::max({ceil_div(slice_bytes / size, group_), kSliceColumnBytes / size, ceil_div(height_, kMaxSlices)});
-      extent_ = round_up(extent_, together_);
-      slices_ = ceil_div(height_, extent_);
-      fits_cache_ = height_ * group_ * size * tensors <= kGroupBytes;
-    } else {
-      height_ = shape.batch;
-      const int64_t plane_bytes = shape.spatial * size;
-      const bool staged = shape.spatial % lanes(dtype) != 0;  // what is written so goes in short stretches
-      const int64_t whole = whole_lines(plane_bytes);
-      across_ = has_small_planes(dtype) && whole * plane_bytes <= kMaxSmallPlanesBytes;
-      const int64_t stretch_bytes = across_                 ? kSmallPlanesBytes
-                                    : tensors > 0 || staged ? kStretchBytes
-                                                            : kOnePassStretchBytes;
-      const int64_t together =
-          tensors > 0 ? std::min(stretch_bytes / plane_bytes, kGroupBytes / (shape.batch * plane_bytes * tensors))
-                      : stretch_bytes / plane_bytes;
-      const int64_t groups = shape.batch * shape.channels * shape.spatial < kParallelCost ? 1 : kGroups;
-      group_ = std::max<int64_t>(std::min(together, shape.channels / groups), 1);
-      if (across_) {
-        const int64_t least = std::max(whole, ceil_div(kMinSmallPlanesBytes, plane_bytes));
-        group_ = std::max(group_, least);
-        group_ = std::min(group_ - group_ % whole, shape.channels);
-      } else {
-        group_ = std::min<int64_t>(group_, kTileChannels);
-      }
-      const int64_t elements =
-          std::max(slice_bytes / size / group_, ceil_div(shape.batch * shape.spatial, kMaxSlices));  // of a channel
-      part_ = round_up(ceil_div(shape.spatial, ceil_div(shape.spatial, elements)), kChannelPadding);
-      parts_ = ceil_div(shape.spatial, part_);
-      extent_ = std::max<int64_t>(1, elements / shape.spatial);
-      slices_ = parts_ * ceil_div(height_, extent_);
-      fits_cache_ = true;  // or else nothing is lost by taking one channel after the other
-    }
+  Grid(const Shape& shape, DataType dtype, int64_t tensors) : shape_(shape), size_(item_size(dtype)) {
+    const int64_t bytes = shape.batch * shape.channels * shape.spatial * size_;
+    const int64_t slice_bytes = std::clamp(bytes / kSlices, kMinSliceBytes, kMaxSliceBytes);
+    shape.rows ? cut_rows(slice_bytes, bytes >= kLargeBytes, tensors)
+               : cut_planes(slice_bytes, bytes >= kLargeBytes, tensors);
     groups_ = ceil_div(shape.channels, group_);
   }
 
@@ -146,16 +107,16 @@ class Grid {
   }
 
   // Whether every whole vector of every tile starts at a multiple of its size, if the tensor does.
-  bool aligned(DataType dtype) const {
-    if (!shape_.rows && !across_) return shape_.spatial % lanes(dtype) == 0;
+  bool aligned() const {
+    if (!shape_.rows && !across_) return shape_.spatial % lanes() == 0;
     const int64_t elements =
         shape_.rows ? together_ * shape_.channels : std::gcd(group_, shape_.channels) * shape_.spatial;
-    return elements * item_size(dtype) % kLineBytes == 0;
+    return elements * size_ % kLineBytes == 0;
   }
 
   // Whether a run of planes fits a stage.
-  bool stages(DataType dtype) const {
-    return !shape_.rows && !across_ && group_ * std::min(part_, shape_.spatial) * item_size(dtype) <= kStageBytes;
+  bool stages() const {
+    return !shape_.rows && !across_ && group_ * std::min(part_, shape_.spatial) * size_ <= kStageBytes;
   }
 
   // What a thread needs to take planes across the batch, or null where they are taken one by one.
@@ -175,7 +136,8 @@ class Grid {
   Tile place(Tile tile, int64_t group, int64_t slice) const {
     const int64_t channel = first_channel(group), channels = end_channel(group) - channel;
     tile.across = shape_.rows;
-    tile.plane = 0;
+    tile.planes = false;
+    tile.bits_stretch = together_ > 1 ? shape_.channels : 0;
     tile.offset = offset(group, slice);
     if (!shape_.rows) {
       const int64_t part = slice % parts_, plane = slice / parts_ * extent_;
@@ -204,19 +166,70 @@ class Grid {
   }
 
  private:
+  void cut_rows(int64_t slice_bytes, bool is_large, int64_t tensors) {
+    height_ = shape_.batch * shape_.spatial;
+    group_ = std::min(shape_.channels, kGroupChannels);
+    if (shape_.channels <= kFewChannels || is_large) together_ = rows_of_whole_lines();
+    extent_ =
+        std::max({ceil_div(slice_bytes / size_, group_), kSliceColumnBytes / size_, ceil_div(height_, kMaxSlices)});
+    extent_ = round_up(extent_, together_);
+    slices_ = ceil_div(height_, extent_);
+    fits_cache_ = height_ * group_ * size_ * tensors <= kGroupBytes;
+  }
+
+  // How many together are, or 1. Where a row's bits do not fill bytes, eight bytes of them are read at a time.
+  int64_t rows_of_whole_lines() const {
+    if (shape_.channels == 1) return 1;  // a word holds the bits of eight such
+    int64_t rows = whole_lines(shape_.channels * size_);
+    while (shape_.channels % 8 != 0 && rows * ceil_div(shape_.channels, 8) < 8) rows *= 2;
+    return height_ % rows == 0 && rows * shape_.channels <= kMaxColumnsTogether ? rows : 1;
+  }
+
+  void cut_planes(int64_t slice_bytes, bool is_large, int64_t tensors) {
+    height_ = shape_.batch;
+    const int64_t plane_bytes = shape_.spatial * size_, whole = whole_lines(plane_bytes);
+    const bool staged = shape_.spatial % lanes() != 0;  // what is written so goes in short stretches
+    across_ = has_small_planes() && whole * plane_bytes <= kMaxSmallPlanesBytes;
+
+    const int64_t stretch_bytes = across_                 ? kSmallPlanesBytes
+                                  : tensors > 0 || staged ? kStretchBytes
+                                                          : kOnePassStretchBytes;
+    const int64_t together =
+        tensors > 0 ? std::min(stretch_bytes / plane_bytes, kGroupBytes / (shape_.batch * plane_bytes * tensors))
+                    : stretch_bytes / plane_bytes;
+    const int64_t groups = shape_.batch * shape_.channels * shape_.spatial < kParallelCost ? 1 : kGroups;
+    group_ = std::max<int64_t>(std::min(together, shape_.channels / groups), 1);
+    if (across_) {
+      group_ = std::max({group_, whole, ceil_div(kMinSmallPlanesBytes, plane_bytes)});
+      group_ = std::min(group_ - group_ % whole, shape_.channels);
+    } else {
+      group_ = std::min<int64_t>(group_, kTileChannels);
+    }
+
+    const int64_t elements =
+        std::max(slice_bytes / size_ / group_, ceil_div(shape_.batch * shape_.spatial, kMaxSlices));  // of a channel
+    const int64_t stage = std::max(kStageBytes / size_, ceil_div(shape_.spatial, kMaxSlices));
+    const int64_t longest = staged && is_large ? std::min(elements, stage) : elements;
+    part_ = round_up(ceil_div(shape_.spatial, ceil_div(shape_.spatial, longest)), kChannelPadding);
+    parts_ = ceil_div(shape_.spatial, part_);
+    extent_ = std::max<int64_t>(1, elements / std::min(part_, shape_.spatial));
+    slices_ = parts_ * ceil_div(height_, extent_);
+    fits_cache_ = true;  // or else nothing is lost by taking one channel after the other
+  }
+
+  bool has_small_planes() const {
+    const int64_t size = shape_.spatial;
+    if (size <= kMaxSmallPlane) return shape_.batch >= kSmallPlanesBatch;
+    return size * size_ <= kMediumPlaneBytes && size % kChannelPadding != 0 && shape_.batch >= kMediumPlanesBatch;
+  }
+
   // How many stretches of so many bytes make whole cache lines.
   static int64_t whole_lines(int64_t bytes) { return kLineBytes / std::gcd(bytes, kLineBytes); }
 
-  static int64_t lanes(DataType dtype) { return dtype == kFloat64 ? 8 : 16; }
-
-  bool has_small_planes(DataType dtype) const {
-    const int64_t size = shape_.spatial;
-    if (size <= kMaxSmallPlane) return shape_.batch >= kSmallPlanesBatch;
-    return size * item_size(dtype) <= kMediumPlaneBytes && size % kChannelPadding != 0 &&
-           shape_.batch >= kMediumPlanesBatch;
-  }
+  int64_t lanes() const { return size_ == 8 ? 8 : 16; }
 
   Shape shape_;
+  int64_t size_;    // of an element, in bytes
   int64_t height_;  // planes of a channel, or rows
   int64_t group_, groups_, slices_;
   int64_t extent_;        // planes or rows of a slice
@@ -435,8 +448,8 @@ class Operation {
     const auto exceed = [&](double share) {
       return static_cast<double>(bytes * tensors) > share * static_cast<double>(cache_bytes());
     };
-    if (grid_.aligned(common_.dtype)) return exceed(shares.streamed) ? Outputs::streamed : Outputs::cached;
-    return grid_.stages(common_.dtype) && exceed(shares.staged) ? Outputs::staged : Outputs::cached;
+    if (grid_.aligned()) return exceed(shares.streamed) ? Outputs::streamed : Outputs::cached;
+    return grid_.stages() && exceed(shares.staged) ? Outputs::staged : Outputs::cached;
   }
 
   // A function over a slice; with the residual's batch norm in the place of x's where the pass is over it alone.

@@ -75,8 +75,10 @@ struct Tile {
   int64_t offset, stride, channel_stride;
   int64_t following;  // the `offset` of the tile that comes next, to be asked for at the end of this one
   int64_t mask_offset, mask_stride, mask_channel_stride;  // bytes; a stretch's bits start a byte of their own
-  int64_t plane;  // across: elements of each of the planes that are side by side, whose bits start a byte each; or 0
+  int64_t
+      bits_stretch;  // across: of so many elements at a time the bits start a byte of their own; 0 if those of runs do
   bool across;
+  bool planes;  // across: whether a run is planes side by side, which do not go on where the next run begins
 
   const void* x;
   const void* residual;

@@ -38,7 +38,8 @@ bool Columns::takes(const Tile& tile) { return tile.channels * mask_bytes(tile.w
 void Columns::run(TileFunction function, Tile tile, const Needs& needs) {
   const Tile planes = tile;
   tile.across = true;
-  tile.plane = spatial_;
+  tile.planes = true;
+  tile.bits_stretch = spatial_;
   tile.channels = 1;
   tile.width = planes.channels * spatial_;
   tile.channel_stride = 0;

@@ -33,8 +33,8 @@ struct Width {
 template <class T>
 using WidthOf = std::conditional_t<kParts != 1 || sizeof(T) == 8, Width<1, 1>, Width<4, 2>>;
 
-// Where the bits of a row's block lie in a mask: of planes side by side, each of which starts a byte, so that there are
-// gaps between their bits.
+// Where the bits of a row's block lie in a mask: of stretches side by side (planes, or rows taken together), each of
+// which starts a byte, so that there are gaps between their bits.
 struct GappedBits {
   int64_t byte;     // of the row: where the eight bytes begin that have them
   uint64_t select;  // them there; 0 where there are no gaps
@@ -57,21 +57,22 @@ struct GappedBits {
 };
 
 // Whether those of so many elements always lie in eight bytes, where they begin at a multiple of as many.
-VGKERN_INLINE bool fit_word(int64_t elements, int64_t plane) {
-  const int64_t gap = -plane & 7;
-  if (elements % plane == 0) return elements + (elements / plane - 1) * gap <= 64;
-  return 7 + elements + (elements + plane - 2) / plane * gap <= 64;
+VGKERN_INLINE bool fit_word(int64_t elements, int64_t stretch) {
+  const int64_t gap = -stretch & 7;
+  if (elements % stretch == 0) return elements + (elements / stretch - 1) * gap <= 64;
+  return 7 + elements + (elements + stretch - 2) / stretch * gap <= 64;
 }
 
 // Of elements [begin, end) of a run.
 VGKERN_INLINE GappedBits gapped_bits(const Tile& tile, int64_t begin, int64_t end) {
-  const auto plane = static_cast<unsigned>(tile.plane), width = static_cast<unsigned>(tile.width);
-  const unsigned bytes = (plane + 7) / 8, last_byte = width / plane * bytes - 8;
-  auto element = static_cast<unsigned>(begin), number = element / plane, before = element % plane;
+  const auto stretch = static_cast<unsigned>(tile.bits_stretch), width = static_cast<unsigned>(tile.width);
+  const unsigned bytes = (stretch + 7) / 8, last_byte = width / stretch * bytes - 8;
+  auto element = static_cast<unsigned>(begin), number = element / stretch, before = element % stretch;
   const unsigned first_byte = number * bytes + before / 8, byte = first_byte < last_byte ? first_byte : last_byte;
   uint64_t select = 0;
   for (; element < end; ++number, before = 0) {
-    const unsigned left = static_cast<unsigned>(end) - element, count = plane - before < left ? plane - before : left;
+    const unsigned left = static_cast<unsigned>(end) - element,
+                   count = stretch - before < left ? stretch - before : left;
     select |= ((uint64_t{1} << count) - 1) << (8 * (number * bytes - byte) + before);
     element += count;
   }
@@ -202,10 +203,12 @@ VGKERN_INLINE void walk(Pass& pass) {
   // than the pass asks for. Where there is but one column, all rows.
   const int64_t rows_in_band = Pass::kBandBytes / (vectors * kStep * static_cast<int64_t>(sizeof(T)));
   const int64_t whole_bands = rows_in_band / Pass::kBandRows * Pass::kBandRows;
-  const int64_t band = tile.plane != 0   ? kPlaneRows
+  const int64_t band = tile.planes       ? kPlaneRows
                        : vectors <= 2    ? tile.runs
                        : whole_bands > 0 ? whole_bands
                                          : Pass::kBandRows;
+  const bool gaps = tile.bits_stretch % 8 != 0;
+  const bool of_one_vector = tile.stride == kStep && tile.width == kStep && !gaps;  // rows that lie side by side
   int64_t next_row = band, next_column = 0;
   for (int64_t first_row = 0; first_row < tile.runs; first_row += band) {
     const int64_t end_row = first_row + band < tile.runs ? first_row + band : tile.runs;
@@ -218,7 +221,7 @@ VGKERN_INLINE void walk(Pass& pass) {
       at.dz = (first_row * vectors + v) * kStep;
       at.dz_row = vectors * kStep;
       at.lanes = kStep;
-      if (tile.plane % 8 == 0) {
+      if (!gaps) {
         at.mask_byte += v * (kStep / 8);
       } else {
         const int64_t first = v * kStep, end = first + columns * kStep;
@@ -233,7 +236,7 @@ VGKERN_INLINE void walk(Pass& pass) {
       return ahead;
     };
     const auto look_ahead = [&](auto& at, int columns) VGKERN_LAMBDA {
-      if (tile.plane == 0) {
+      if (!tile.planes) {
         at.ahead = next(columns);
         at.ahead_row = columns * kStep;
         return;
@@ -245,7 +248,7 @@ VGKERN_INLINE void walk(Pass& pass) {
       at.ahead_row = tile.stride;
     };
     if constexpr (Pass::Width::columns == 2) {
-      const bool pairs = tile.plane % 8 == 0 || fit_word(2 * kStep, tile.plane);
+      const bool pairs = !gaps || fit_word(2 * kStep, tile.bits_stretch);
       for (const int64_t end = pairs ? whole : 0; v + 2 <= end; v += 2) {
         typename Pass::template Stretch<2> stretch(pass, v * kStep);
         Block<R, 2> at{};
@@ -273,7 +276,7 @@ VGKERN_INLINE void walk(Pass& pass) {
       look_ahead(at, 1);
       for (int64_t row = first_row; row < end_row;) {
         const int64_t end = row + kColumnStrip < end_row ? row + kColumnStrip : end_row;
-        if (kWidth > 1 && tile.stride == kStep && tile.width == kStep) {  // rows of one vector each, side by side
+        if (kWidth > 1 && of_one_vector) {
           at.lanes = kStep;
           at.ahead = at.element + kNear / static_cast<int64_t>(sizeof(T));
           for (; row + kWidth <= end; row += kWidth) {

@@ -208,8 +208,9 @@ def test_rows_of_many_channels(isa, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 def test_rows_together(isa, dtype):
-    """Two make whole cache lines, or four; an odd number of them, and long ones that are few, are taken one by one."""
+    """Two make whole cache lines, or up to 32; other numbers of them, and long ones that are few, are taken singly."""
     shapes = [(32, 8, 9, 30), (16, 24, 30, 30), (6, 88, 9, 30), (3, 80, 8, 4), (5, 24, 9, 3), (2, 200, 5, 3)]
+    shapes += [(8, 12, 7, 8), (4, 20, 6, 4), (8, 3, 16, 8), (2, 33, 8, 8)]  # whose bits do not fill bytes
     for activation, shape in itertools.product(("relu", "prelu", "gelu"), shapes):
         Case(activation, dtype, "channels_last", True, shape=shape).assert_passes("cpu")
     Case("relu", dtype, "channels_last", True, shape=(4, 104, 52, 100)).assert_passes("cpu")  # long ones, and many
@@ -255,7 +256,9 @@ def test_mask_bits_and_the_gradient_made_from_them(isa, dtype, batch):
     """In mode "none" z is x + residual to the bit, so the mask must be the reference's, for every width of a tail."""
     widths = (49, 130, 196) if batch == 33 else (*range(1, 35), 63, 64)
     for activation, rows, width in itertools.product(("relu", "hardsigmoid"), (False, True), widths):
-        shape = (batch, width, 2, 2) if rows else (batch, 3 if batch == 2 else 35, 1, width)
+        shape = (batch, 3 if batch == 2 else 35, 1, width)
+        if rows:
+            shape = (batch, width, 2, 2) if width > 1 else (4 * batch, 1)
         arguments, dy = _arguments(shape, dtype, mode="none", activation=activation, rows=rows)
         ours = _forward_and_backward(arguments, dy)
         theirs = _forward_and_backward(arguments, dy, backend=reference)
@@ -460,7 +463,7 @@ def test_nothing_is_read_or_written_beyond_a_tensor(isa, dtype, past_caches, at_
     monkeypatch.setattr(torch, "empty", guarded_empty)
     monkeypatch.setattr(torch, "empty_like", lambda t: guarded.like(t, at_end=at_end))
     request.getfixturevalue("tensors_made_by_torch")
-    walks = (2, False), (2, True), (16, False)
+    walks = (2, False), (2, True), (16, False), (16, True)
     cases = itertools.product(("relu", "silu", "prelu"), MODES, walks, (1, 2, 7, 8, 9, 15, 16, 17, 31, 33))
     for activation, mode, (batch, rows), width in cases:
         shape = (batch, width, 1, 2) if rows else (batch, 2, 1, width)
