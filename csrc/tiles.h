@@ -149,7 +149,8 @@ class Lookout {
 //
 // The hardware's prefetching ends with a page or a plane, and does not follow a walk down columns. So every vector asks
 // for one that comes later: over planes, for that of the Lookout; across, for one of the next band, and these in the
-// order in which they lie in memory; and at the end of a tile for the beginning of the one that follows.
+// order in which they lie in memory, or, of planes side by side, for one further along its own run; and at the end of a
+// tile for the beginning of the one that follows.
 template <class Pass>
 VGKERN_INLINE void walk(Pass& pass) {
   using T = typename Pass::Element;
@@ -249,7 +250,7 @@ VGKERN_INLINE void walk(Pass& pass) {
     };
     if constexpr (Pass::Width::columns == 2) {
       const bool pairs = !gaps || fit_word(2 * kStep, tile.bits_stretch);
-      for (const int64_t end = pairs ? whole : 0; v + 2 <= end; v += 2) {
+      for (const int64_t paired = pairs ? whole : 0; v + 2 <= paired; v += 2) {
         typename Pass::template Stretch<2> stretch(pass, v * kStep);
         Block<R, 2> at{};
         start(at, 2);

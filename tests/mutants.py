@@ -437,6 +437,7 @@ FAULTS = [
           "    if (before > 0xff) std::memcpy(&word, row + byte, sizeof word);\n", "", CPU_KERNELS),
     Fault("bits beyond a row's end", "csrc/tiles.h", "first_byte < last_byte ? first_byte : last_byte", "first_byte",
           CPU_KERNELS + "|beyond_a_tensor"),
+    Fault("stretches of bits gathered one upon the other", "csrc/vec.h", "    filled += count;\n", "", CPU_KERNELS),
     Fault("bits of two vectors that do not fit a word", "csrc/tiles.h",
           "!gaps || fit_word(2 * kStep, tile.bits_stretch)", "true", CPU_KERNELS),
     Fault("sums of columns begun with what was there", SMALL_PLANES,
