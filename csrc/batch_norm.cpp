@@ -39,9 +39,9 @@ constexpr int64_t kMaxSlices = 256;
 // nothing is read twice, for memory answers faster the longer it is asked in its own order: (32,256,56,56) float32 in
 // eval mode takes 1.15 times as long by stretches of 16 KiB (2 threads, AMD EPYC).
 constexpr int64_t kStretchBytes = 16384, kOnePassStretchBytes = 262144;
-// Planes of so many elements are taken across the batch, if that is so large: else what is made for their columns costs
-// more than it saves.
-constexpr int64_t kMaxSmallPlane = 64, kSmallPlanesBatch = 8;
+// Planes of so many elements are taken across the batch; in a small batch of so many for each sample and one more, for
+// what is made for their columns is then spread over little.
+constexpr int64_t kMaxSmallPlane = 64, kSmallPlaneOfSample = 8;
 // So are planes of a few more bytes, if their last vector is not full.
 constexpr int64_t kMediumPlaneBytes = 512, kMediumPlanesBatch = 32;
 // Of each sample so many bytes at a time, as they lie side by side: of fewer, each page would be come to for little;
@@ -219,7 +219,7 @@ class Grid {
 
   bool has_small_planes() const {
     const int64_t size = shape_.spatial;
-    if (size <= kMaxSmallPlane) return shape_.batch >= kSmallPlanesBatch;
+    if (size <= kMaxSmallPlane) return size <= kSmallPlaneOfSample * (shape_.batch + 1);
     return size * size_ <= kMediumPlaneBytes && size % kChannelPadding != 0 && shape_.batch >= kMediumPlanesBatch;
   }
 
@@ -275,7 +275,7 @@ struct Step {
 };
 
 bool any(const std::vector<char>& of_channel, int64_t begin, int64_t end) {
-  return std::any_of(of_channel.begin() + begin, of_channel.begin() + end, [](char is) { return is != 0; });
+  return std::memchr(of_channel.data() + begin, 1, end - begin) != nullptr;
 }
 
 // The share of the last level of cache that a pass's tensors take where its outputs begin to be written past the
@@ -337,6 +337,10 @@ class Operation {
     base_.normalises_residual = call.normalises_residual;
     base_.activation_args = call.activation_args.data();
     base_.padded_channels = channel_stride_;
+    if (!call.activation_weight.data) {
+      fill(x_norm_, kActivationWeight, 0.0);
+      return;
+    }
     const Rows slope = read(call.activation_weight, call.activation_weight_size, 0.0);
     for (int64_t c = 0; c < channels_; ++c) {
       set(x_norm_, kActivationWeight, c, slope[call.activation_weight_size == 1 ? 0 : c]);
@@ -379,59 +383,60 @@ class Operation {
     }
   }
 
+  // Of all channels.
+  void fill(const Norm& norm, Parameter which, double value) {
+    const int64_t first = (norm.first_parameter + which) * channel_stride_;
+    if (common_.dtype == kFloat64) {
+      std::fill_n(parameters_.get() + first, channel_stride_, value);
+    } else {
+      std::fill_n(reinterpret_cast<float*>(parameters_.get()) + first, channel_stride_, static_cast<float>(value));
+    }
+  }
+
+  // What rows [first, last] have for some channels, in the other columns of these.
+  void repeat(const Norm& norm, Parameter first, Parameter last, int64_t begin, int64_t end) {
+    const int64_t size = opmath_size(common_.dtype);
+    for (int64_t column = 1; column < grid_.columns_of_channel(); ++column) {
+      for (int row = first; row <= last; ++row) {
+        char* from = parameters_of((norm.first_parameter + row) * channel_stride_ + begin);
+        std::memcpy(from + column * channels_ * size, from, (end - begin) * size);
+      }
+    }
+  }
+
   // z = (x − mean)·weight·rstd + bias, from (x − pivot). Where |mean| is at most four deviations the pivot is 0, as
   // x − 0 is exact; else it is the mean in R, and x − pivot is exact where x is close to it. A constant channel is its
-  // own pivot: z is then the bias to the bit. `var` is NaN where rstd alone is known. Returns mean − pivot.
-  double set_normalisation(const Norm& norm, int64_t channel, double mean, double rstd, double var) {
-    const double spread = std::isnan(var) ? 1.0 / (rstd * rstd) : var;
-    const double pivot = mean * mean <= 16.0 * spread ? 0.0 : round(mean);
-    const double rest = std::isfinite(pivot) ? mean - pivot : 0.0;
-    const double scale = norm.weight[channel] * rstd;
-    set(norm, kPivot, channel, pivot);
-    set_scale(norm, channel, scale);
-    set_shift(norm, channel, norm.bias[channel] - rest * scale);
-    return rest;
+  // own pivot: z is then the bias to the bit. `var` is NaN where rstd alone is known.
+  //
+  // The scale is rounded towards zero, so that it and its remainder agree in sign, and that is not 0 unless the scale
+  // is: an infinite x gives an infinite z. What stands in for a remainder of 0 is too small to change any z. Of the
+  // shift none that remains is −0, which changes no sum.
+  //
+  // A backward also wants mean − pivot and the scale.
+  void set_normalisation(const Norm& norm, const double* statistics, int64_t begin, int64_t end, double* rest = nullptr,
+                         double* scale = nullptr) {
+    table_.normalise[common_.dtype](
+        {statistics, statistics + channels_, statistics + 2 * channels_, norm.weight.get(), norm.bias.get(),
+         parameters_of(norm.first_parameter * channel_stride_), channel_stride_, rest, scale},
+        begin, end);
+    repeat(norm, kPivot, kShiftLow, begin, end);
+    if (scale) repeat(norm, kInputScale, kInputScale, begin, end);
   }
 
   // z = x to the bit: the shift keeps the sign of a zero.
-  void set_no_normalisation(int64_t channel) {
-    set(x_norm_, kPivot, channel, 0.0);
-    set_scale(x_norm_, channel, 1.0);
-    set_shift(x_norm_, channel, -0.0);
-  }
-
-  // The float that is nearest to 0 of the two beside it: of a float's bits, one less is the next towards 0. (nextafter
-  // is a call, which half of all channels would make.)
-  static float toward_zero(double value) {
-    float nearest = static_cast<float>(value);
-    uint32_t bits;
-    std::memcpy(&bits, &nearest, sizeof bits);
-    bits -= std::abs(static_cast<double>(nearest)) > std::abs(value);
-    std::memcpy(&nearest, &bits, sizeof bits);
-    return nearest;
+  void set_no_normalisation() {
+    fill(x_norm_, kPivot, 0.0);
+    fill(x_norm_, kScale, 1.0);
+    fill(x_norm_, kScaleLow, 0x1p-60);
+    fill(x_norm_, kShift, -0.0);
+    fill(x_norm_, kShiftLow, -0.0);
   }
 
   // To the type of arithmetic.
   double round(double value) const { return common_.dtype == kFloat64 ? value : static_cast<float>(value); }
 
-  // The scale rounded towards zero and its remainder. They agree in sign and the remainder is not 0 unless the scale
-  // is, so that an infinite x gives an infinite z; what stands in for a remainder of 0 is too small to change any z.
-  void set_scale(const Norm& norm, int64_t channel, double scale) {
-    const double high = common_.dtype == kFloat64 ? scale : toward_zero(scale);
-    const double low = round(scale - high);
-    set(norm, kScale, channel, high);
-    set(norm, kScaleLow, channel, low != 0.0 ? low : scale * 0x1p-60);
-  }
-
-  // −0 where nothing remains: it changes no sum.
-  void set_shift(const Norm& norm, int64_t channel, double shift) {
-    const double high = round(shift), low = shift - high;
-    set(norm, kShift, channel, high);
-    set(norm, kShiftLow, channel, low != 0.0 && std::isfinite(low) ? low : -0.0);
-  }
-
-  const char* parameters_of(int64_t index) const {
-    return reinterpret_cast<const char*>(parameters_.get()) + index * opmath_size(common_.dtype);
+  char* parameters_of(int64_t index) const {
+    return reinterpret_cast<char*>(parameters_.get()) + index * opmath_size(common_.dtype);
   }
 
   // Outputs are better written past the caches where all tensors take more than a share of these.
@@ -537,21 +542,12 @@ class Operation {
   Tile base_{};
 };
 
-// Two channels' doubles: a register of every machine.
-typedef double Lanes __attribute__((vector_size(16)));
-constexpr int kLanes = 2;
-
-Lanes load(const double* p) {
-  Lanes v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
 // Sums over each slice, and their totals.
 class Sums {
  public:
-  Sums(const Grid& grid, int64_t channel_stride, int rows)
-      : grid_(grid),
+  Sums(const KernelTable& table, const Grid& grid, int64_t channel_stride, int rows)
+      : table_(table),
+        grid_(grid),
         stride_(channel_stride),
         rows_(rows),
         parts_(new double[grid.slices() * rows * channel_stride]),
@@ -565,24 +561,11 @@ class Sums {
     return base + begin;
   }
 
-  // Adds up the slices, in order, for rows [first, last) of channels [begin, end): sixteen at a time, in registers.
+  // Adds up the slices, in order, for rows [first, last) of channels [begin, end).
   void merge(int64_t begin, int64_t end, int first, int last) {
     for (int row = first; row < last; ++row) {
-      int64_t c = begin;
-      for (; c + 8 * kLanes <= end; c += 8 * kLanes) {
-        Lanes total[8] = {};
-        for (int64_t slice = 0; slice < grid_.slices(); ++slice) {
-          const double* part = parts(slice, row) + c;
-#pragma GCC unroll 8
-          for (int i = 0; i < 8; ++i) total[i] += load(part + i * kLanes);
-        }
-        std::memcpy(totals_.get() + row * stride_ + c, total, sizeof total);
-      }
-      for (; c < end; ++c) {
-        double total = 0.0;
-        for (int64_t slice = 0; slice < grid_.slices(); ++slice) total += part(slice, row, c);
-        totals_[row * stride_ + c] = total;
-      }
+      table_.add_slices(parts(0, row) + begin, grid_.slices(), rows_ * stride_, end - begin,
+                        totals_.get() + row * stride_ + begin);
     }
   }
 
@@ -614,9 +597,11 @@ class Sums {
   double part(int64_t slice, int row, int64_t channel) const { return parts(slice, row)[channel]; }
   const double* parts(int64_t slice, int row) const { return parts_.get() + (slice * rows_ + row) * stride_; }
 
-  double total(int row, int64_t channel) const { return totals_[row * stride_ + channel]; }
+  double total(int row, int64_t channel) const { return totals(row)[channel]; }
+  const double* totals(int row) const { return totals_.get() + row * stride_; }
 
  private:
+  const KernelTable& table_;
   const Grid& grid_;
   const int64_t stride_;
   const int rows_;
@@ -649,7 +634,11 @@ class ForwardPass : Operation {
       run_tile(kernels_.forward[call_.dtype], base_, slice, {kReadForZ, call_.normalises_residual ? kReadForZ : 0, 0});
     };
     if (!call_.training) {
-      call_.statistics ? use_running_statistics() : use_no_statistics();
+      if (!call_.statistics) set_no_normalisation();
+      if (call_.statistics) use_running_statistics(x_norm_, call_.norm, call_.statistics);
+      if (call_.normalises_residual) {
+        use_running_statistics(residual_norm_, call_.residual_norm, call_.statistics + 3 * channels_);
+      }
       run({{nullptr, write}});
       return;
     }
@@ -687,7 +676,7 @@ class ForwardPass : Operation {
           x_(x),
           norm_(norm),
           statistics_(statistics),
-          sums_(pass.grid_, pass.channel_stride_, 2),
+          sums_(pass.table_, pass.grid_, pass.channel_stride_, 2),
           shift_(pass.allocate(1)),
           again_(pass.channels_, 0) {}
 
@@ -695,17 +684,10 @@ class ForwardPass : Operation {
     void start(int64_t begin, int64_t end) {
       const Forward& call = pass_.call_;
       const int64_t pitch = call.shape.rows ? 1 : call.shape.spatial;
-      const auto* x = static_cast<const char*>(x_);
-      const auto convert = pass_.table_.to_double[call.dtype];
-      if (pitch == 1) {
-        convert(x + begin * item_size(call.dtype), shift_.get() + begin, end - begin);
-      } else {
-        for (int64_t c = begin; c < end; ++c) convert(x + c * pitch * item_size(call.dtype), shift_.get() + c, 1);
-      }
-      for (int64_t c = begin; c < end; ++c) {
-        if (!std::isfinite(shift_[c])) shift_[c] = 0.0;
-        pass_.set(norm_, kPivot, c, shift_[c]);
-      }
+      char* pivots = pass_.parameters_of((norm_.first_parameter + kPivot) * pass_.channel_stride_ + begin);
+      pass_.table_.first_elements[call.dtype](static_cast<const char*>(x_) + begin * pitch * item_size(call.dtype),
+                                              pitch, end - begin, shift_.get() + begin, pivots);
+      pass_.repeat(norm_, kPivot, kPivot, begin, end);
     }
 
     void measure(const Slice& slice) {
@@ -719,6 +701,9 @@ class ForwardPass : Operation {
         pass_.add_up_columns(tile.sums, 0, 2);
       };
       run(pass_.table_.statistics);
+      const Grid& grid = pass_.grid_;
+      const int64_t first = grid.first_channel(slice.group), count = grid.end_channel(slice.group) - first;
+      if (pass_.table_.all_finite(sums_.parts(slice.index, kDeviationSquares) + first, count)) return;
       sums_.mend(
           slice, 2, [&](int64_t c) { return std::isfinite(sums_.part(slice.index, kDeviationSquares, c)); },
           [&] { run(pass_.table_.statistics_wide); });
@@ -728,12 +713,16 @@ class ForwardPass : Operation {
     // was an outlier. In float64 always, which is the accuracy that its users ask for.
     void restart(int64_t begin, int64_t end) {
       sums_.merge(begin, end, 0, 2);
-      const double count = pass_.count_;
+      const double *deviation = sums_.totals(kDeviation), *squares = sums_.totals(kDeviationSquares);
+      if (pass_.call_.dtype == kFloat64) {
+        std::fill_n(again_.data() + begin, end - begin, 1);
+      } else if (!pass_.table_.far_from_mean(deviation, squares, kFarOutlier * pass_.count_, begin, end,
+                                             again_.data())) {
+        return;
+      }
       for (int64_t c = begin; c < end; ++c) {
-        const double offset = sums_.total(kDeviation, c) / count, square = sums_.total(kDeviationSquares, c) / count;
-        again_[c] = pass_.call_.dtype == kFloat64 || (offset * offset > kFarOutlier * square && square > 0.0);
         if (!again_[c]) continue;
-        shift_[c] = pass_.round(shift_[c] + offset);
+        shift_[c] = pass_.round(shift_[c] + deviation[c] / pass_.count_);
         pass_.set(norm_, kPivot, c, shift_[c]);
       }
     }
@@ -747,14 +736,12 @@ class ForwardPass : Operation {
 
     void settle(int64_t begin, int64_t end) {
       if (any(again_, begin, end)) sums_.merge(begin, end, 0, 2);
-      const double count = pass_.count_;
-      for (int64_t c = begin; c < end; ++c) {
-        const double offset = sums_.total(kDeviation, c) / count;
-        // std::max returns its first argument where the second is NaN, so NaN has to come first.
-        const double var = std::max(sums_.total(kDeviationSquares, c) / count - offset * offset, 0.0);
-        const double rstd = 1.0 / std::sqrt(var + norm_.eps);
-        pass_.set_statistics(norm_, statistics_, c, shift_[c] + offset, rstd, var * (count / (count - 1.0)));
-      }
+      const int64_t channels = pass_.channels_;
+      pass_.table_.make_statistics(
+          {shift_.get(), sums_.totals(kDeviation), sums_.totals(kDeviationSquares), pass_.count_, norm_.eps,
+           statistics_, statistics_ + channels, statistics_ + 2 * channels},
+          begin, end);
+      pass_.set_normalisation(norm_, statistics_, begin, end);
     }
 
    private:
@@ -767,30 +754,12 @@ class ForwardPass : Operation {
     std::vector<char> again_;
   };
 
-  void use_running_statistics() {
-    use_running_statistics(x_norm_, call_.norm, call_.statistics);
-    if (call_.normalises_residual) {
-      use_running_statistics(residual_norm_, call_.residual_norm, call_.statistics + 3 * channels_);
-    }
-  }
-
   void use_running_statistics(const Norm& norm, const BatchNorm& given, double* statistics) {
     const Rows mean = read(given.running_mean, channels_, 0.0), var = read(given.running_var, channels_, 1.0);
-    for (int64_t c = 0; c < channels_; ++c) {
-      const double rstd = 1.0 / std::sqrt(var[c] + norm.eps);
-      set_statistics(norm, statistics, c, mean[c], rstd, std::numeric_limits<double>::quiet_NaN());
-    }
-  }
-
-  void use_no_statistics() {
-    for (int64_t c = 0; c < channels_; ++c) set_no_normalisation(c);
-  }
-
-  void set_statistics(const Norm& norm, double* statistics, int64_t channel, double mean, double rstd, double var) {
-    set_normalisation(norm, channel, mean, rstd, var);
-    statistics[channel] = mean;
-    statistics[channels_ + channel] = rstd;
-    statistics[2 * channels_ + channel] = var;
+    std::copy_n(mean.get(), channels_, statistics);
+    table_.reciprocal_roots(var.get(), norm.eps, channels_, statistics + channels_);
+    std::fill_n(statistics + 2 * channels_, channels_, std::numeric_limits<double>::quiet_NaN());
+    set_normalisation(norm, statistics, 0, channels_);
   }
 
   const Forward& call_;
@@ -840,7 +809,7 @@ class BackwardPass : Operation {
         call_(call),
         batch_mode_(call.training && call.statistics),
         bounded_(call.min_norm > 0 || call.max_norm < std::numeric_limits<double>::infinity()),
-        sums_(grid_, channel_stride_, kSums),
+        sums_(table, grid_, channel_stride_, kSums),
         reduced_(call.normalises_residual ? kDxSquares : kDzResidualDeviation),
         dbias_(allocate(1)) {
     inputs_.push_back({x_norm_, call.statistics, kDzDeviation, kDxSquares, call.dx, call.record, allocate(1),
@@ -863,10 +832,9 @@ class BackwardPass : Operation {
 
   void operator()() {
     const auto set_channels = [this](int64_t begin, int64_t end) {
-      for (Input& input : inputs_) {
-        for (int64_t c = begin; c < end; ++c) set_channel(input, c);
-      }
+      for (Input& input : inputs_) set_normalisation_of(input, begin, end);
     };
+    if (!call_.statistics) forgo_normalisation();
     if (call_.mean_gradients) {
       set_channels(0, channels_);
       return differentiate_input();
@@ -877,7 +845,8 @@ class BackwardPass : Operation {
     const auto settle = [&](int64_t begin, int64_t end) {
       sums_.merge(begin, end, 0, reduced_);
       for (Input& input : inputs_) {
-        for (int64_t c = begin; c < end; ++c) settle_channel(input, c);
+        table_.settle_gradients(gradient_of(input), begin, end);
+        if (batch_mode_) set_input_lines(input, begin, end);
       }
     };
     if (batch_mode_ && call_.dx) {
@@ -899,32 +868,46 @@ class BackwardPass : Operation {
     double* record;
     Rows dweight, mean_rest, scale, squares;  // of each channel; the last: ‖dx‖²
     std::vector<char> cancels;                // whether that is summed up as dx is written
-
-    double rstd(int64_t channel, int64_t channels) const { return statistics[channels + channel]; }
   };
 
   Input& x() { return inputs_[0]; }
 
-  void set_channel(Input& input, int64_t channel) {
-    input.mean_rest[channel] = 0.0;
-    input.scale[channel] = 1.0;
-    if (input.statistics) {
-      const double mean = input.statistics[channel], var = input.statistics[2 * channels_ + channel];
-      const double rstd = input.rstd(channel, channels_);
-      input.mean_rest[channel] = set_normalisation(input.norm, channel, mean, rstd, var);
-      input.scale[channel] = input.norm.weight[channel] * rstd;
-    } else {
-      set_no_normalisation(channel);
-    }
-    set(input.norm, kInputScale, channel, input.scale[channel]);
+  void set_normalisation_of(Input& input, int64_t begin, int64_t end) {
+    if (!input.statistics) return;
+    set_normalisation(input.norm, input.statistics, begin, end, input.mean_rest.get(), input.scale.get());
+  }
+
+  void forgo_normalisation() {
+    set_no_normalisation();
+    fill(x_norm_, kInputScale, 1.0);
+    std::fill_n(x().mean_rest.get(), channels_, 0.0);
+    std::fill_n(x().scale.get(), channels_, 1.0);
+  }
+
+  InputGradient gradient_of(Input& input) const {
+    return {sums_.totals(kDz),
+            sums_.totals(input.dz_deviation),
+            sums_.totals(kDzSquares),
+            input.statistics ? input.statistics + channels_ : nullptr,
+            input.mean_rest.get(),
+            input.scale.get(),
+            count_,
+            input.norm.eps,
+            kClosedFormShare,
+            batch_mode_,
+            input.gradient && (input.record || bounded_),
+            dbias_.get(),
+            input.dweight.get(),
+            input.squares.get(),
+            input.cancels.data(),
+            parameters_of(input.norm.first_parameter * channel_stride_),
+            channel_stride_};
   }
 
   // dx = scale·(dz − dβ/m − x̂·dγ/m) as a line in dz and in d = x − pivot.
-  void set_input_line(const Input& input, int64_t channel) {
-    const double scale = input.scale[channel];
-    const double slope = -scale * input.rstd(channel, channels_) * input.dweight[channel] / count_;
-    set(input.norm, kInputSlope, channel, slope);
-    set(input.norm, kInputShift, channel, -scale * dbias_[channel] / count_ - input.mean_rest[channel] * slope);
+  void set_input_lines(Input& input, int64_t begin, int64_t end) {
+    table_.input_lines[call_.dtype](gradient_of(input), begin, end);
+    repeat(input.norm, kInputSlope, kInputShift, begin, end);
   }
 
   // dx from the means that were given, and ‖dx‖² as it is written.
@@ -932,9 +915,9 @@ class BackwardPass : Operation {
     for (int64_t c = 0; c < channels_; ++c) {
       dbias_[c] = call_.mean_gradients[c] * count_;
       x().dweight[c] = call_.mean_gradients[channels_ + c] * count_;
-      set_input_line(x(), c);
       x().cancels[c] = 1;  // the closed form holds for the sums of this tensor alone
     }
+    set_input_lines(x(), 0, channels_);
     base_.dx_factor = *call_.dx_factor;
     run({{nullptr, [this](const Slice& slice) { apply(slice); }},
          {[this](int64_t begin, int64_t end) { settle_norms(begin, end); }, nullptr}});
@@ -1013,30 +996,20 @@ class BackwardPass : Operation {
   }
 
   bool squares_hold(const Input& input, int64_t group, int64_t slice) const {
-    Squares<double> squares;
+    SquaresOfSlice squares{};
     for (int64_t c = grid_.first_channel(group); c < grid_.end_channel(group); ++c) {
-      if (finite(slice, c)) squares.add(sums_.part(slice, kDzSquares, c), 0.0, input.scale[c]);
+      if (!finite(slice, c)) continue;
+      const double dz = sums_.part(slice, kDzSquares, c), squared_scale = input.scale[c] * input.scale[c];
+      squares.dz += dz;
+      squares.dx += squared_scale * dz;
+      squares.largest = std::max(squares.largest, squared_scale);
     }
     const double dy = dy_squares(group, slice);
     squares.dy = std::isfinite(dy) ? dy : std::numeric_limits<double>::infinity();  // that is asked for elsewhere
     return hold(squares);
   }
 
-  // Of a slice, and the largest squared scale: of all channels, or of each lane's.
-  template <class T>
-  struct Squares {
-    T dz{}, dx{}, dy{}, largest{};
-
-    void add(const T& dz_squares, const T& dy_squares, const T& scale) {
-      const T squared = scale * scale;
-      dz += dz_squares;
-      dx += squared * dz_squares;
-      dy += dy_squares;
-      largest = squared > largest ? squared : largest;
-    }
-  };
-
-  bool hold(const Squares<double>& squares) const {
+  bool hold(const SquaresOfSlice& squares) const {
     const double lost = 0x1p-125 * static_cast<double>(grid_.slice_elements());
     constexpr double kNegligible = 0x1p-26;
     return lost <= kNegligible * squares.dz && lost * squares.largest <= kNegligible * squares.dx &&
@@ -1047,33 +1020,12 @@ class BackwardPass : Operation {
   // whose channels more is then to be asked.
   bool all_hold(int64_t group, int64_t slice) const {
     if (call_.normalises_residual) return false;
-    const double *deviation = sums_.parts(slice, kDzDeviation), *dweight = sums_.parts(slice, kActivationDweight),
-                 *dz = sums_.parts(slice, kDzSquares), *dy = sums_.parts(slice, kDySquares),
-                 *scale = inputs_[0].scale.get();
-    const int64_t end = grid_.end_channel(group);
-    int64_t c = grid_.first_channel(group);
-    Squares<Lanes> lanes;
-    Lanes zeros{};  // or NaN
-    for (; c + kLanes <= end; c += kLanes) {
-      const Lanes sum = load(deviation + c) + load(dweight + c) + load(dz + c) + load(dy + c);
-      zeros += sum - sum;
-      lanes.add(load(dz + c), load(dy + c), load(scale + c));
-    }
-    Squares<double> squares;
-    double zero = 0.0;
-    for (int i = 0; i < kLanes; ++i) {
-      zero += zeros[i];
-      squares.dz += lanes.dz[i];
-      squares.dx += lanes.dx[i];
-      squares.dy += lanes.dy[i];
-      squares.largest = std::max(squares.largest, lanes.largest[i]);
-    }
-    for (; c < end; ++c) {
-      const double sum = deviation[c] + dweight[c] + dz[c] + dy[c];
-      zero += sum - sum;
-      squares.add(dz[c], dy[c], scale[c]);
-    }
-    return zero == 0.0 && hold(squares);
+    const int64_t first = grid_.first_channel(group);
+    const SquaresOfSlice squares =
+        table_.look_at_slice(sums_.parts(slice, kDzDeviation) + first, sums_.parts(slice, kActivationDweight) + first,
+                             sums_.parts(slice, kDzSquares) + first, sums_.parts(slice, kDySquares) + first,
+                             inputs_[0].scale.get() + first, grid_.end_channel(group) - first);
+    return squares.finite && hold(squares);
   }
 
   // dx, from dz as it was kept or written, else from dy again.
@@ -1100,28 +1052,9 @@ class BackwardPass : Operation {
     if (any_cancels) add_up_columns(tile.sums, kDxSquares, kSums);
   }
 
-  // dγ, dβ, what dx takes from them, and ‖dx‖² in closed form.
-  void settle_channel(Input& input, int64_t channel) {
-    const double dz = sums_.total(kDz, channel), squares = sums_.total(kDzSquares, channel);
-    const double scale = input.scale[channel], rest = input.mean_rest[channel];
-    const double r = input.statistics ? input.rstd(channel, channels_) : 0.0;
-    const double dweight = input.statistics ? (sums_.total(input.dz_deviation, channel) - rest * dz) * r : 0.0;
-    dbias_[channel] = dz;
-    input.dweight[channel] = dweight;
-    double remaining = squares;
-    if (batch_mode_) {
-      const double kappa = 1.0 - input.norm.eps * r * r;  // Σx̂²/m
-      remaining -= (dz * dz + (2.0 - kappa) * dweight * dweight) / count_;
-      // Not comparable: NaN, which the sum over dx then shows.
-      const bool wanted = input.gradient && (input.record || bounded_);
-      input.cancels[channel] = wanted && squares != 0.0 && !(remaining > kClosedFormShare * squares);
-      set_input_line(input, channel);
-    }
-    input.squares[channel] = scale * scale * (remaining < 0.0 ? 0.0 : remaining);
-  }
-
   void settle_norms(int64_t begin, int64_t end) {
     for (Input& input : inputs_) {
+      if (!any(input.cancels, begin, end)) continue;
       for (int64_t c = begin; c < end; ++c) {
         if (!input.cancels[c]) continue;
         sums_.merge(c, c + 1, input.gradient_squares, input.gradient_squares + 1);
@@ -1144,23 +1077,9 @@ class BackwardPass : Operation {
     return squares * base_.dx_factor * base_.dx_factor;
   }
 
-  double add_up(const double* channels) const {
-    double total = 0.0;
-    for (int64_t c = 0; c < channels_; ++c) total += channels[c];
-    return total;
-  }
-
-  double add_up(Sum row) const {
-    double total = 0.0;
-    for (int64_t c = 0; c < channels_; ++c) total += sums_.total(row, c);
-    return total;
-  }
-
-  double add_up_squares(const double* channels) const {
-    double total = 0.0;
-    for (int64_t c = 0; c < channels_; ++c) total += channels[c] * channels[c];
-    return total;
-  }
+  double add_up(const double* channels) const { return table_.add_up(channels, channels_); }
+  double add_up(Sum row) const { return add_up(sums_.totals(row)); }
+  double add_up_squares(const double* channels) const { return table_.add_up_squares(channels, channels_); }
 
   // The residual's batch norm is a layer without activation, at which dz arrives.
   void write_records(double dx_squares) {
@@ -1205,7 +1124,7 @@ class BackwardPass : Operation {
   // dz is written nowhere. Here it is, as the gradient of a residual that is scaled by 1 under frozen statistics.
   int64_t nonfinite_in_dz() {
     const std::unique_ptr<char[]> dz(new char[elements() * item_size(call_.dtype)]);
-    Sums unused(grid_, channel_stride_, kSums);
+    Sums unused(table_, grid_, channel_stride_, kSums);
     for (int64_t c = 0; c < channels_; ++c) set(residual_norm_, kInputScale, c, 1.0);
     run({{nullptr, [&](const Slice& slice) {
             Tile tile = base_;

@@ -181,15 +181,8 @@ bool update_running_statistics(Arguments given) {
   if (given[2] != Py_None) ++*static_cast<int64_t*>(view_of(given[2]).data);
   const KernelTable& table = kernels();
   const int64_t channels = count_of(running_mean);
-  std::vector<double> values(channels);
   const auto update = [&](const View& running, const double* batch) {
-    const int dtype = code_of(running.dtype);
-    table.to_double[dtype](running.data, values.data(), channels);
-    for (int64_t c = 0; c < channels; ++c) {
-      const double difference = batch[c] - values[c];
-      values[c] = momentum < 0.5 ? values[c] + momentum * difference : batch[c] - (1.0 - momentum) * difference;
-    }
-    table.from_double[dtype](values.data(), running.data, channels);
+    table.update_running[code_of(running.dtype)](running.data, batch, momentum, channels);
   };
   const auto* batch_mean = static_cast<const double*>(statistics.data);
   update(running_mean, batch_mean);

@@ -139,6 +139,42 @@ struct NormPart {
 };
 constexpr double kLargestNormScale = 0x1p1000;
 
+// Below, of arrays of channels in float64, one for each of some rows, functions take the channels [begin, end).
+
+// What statistics are made from, and where they go.
+struct Moments {
+  const double *measured_from, *deviation, *deviation_squares;  // sums over `count` elements of a channel
+  double count, eps;
+  double *mean, *rstd, *var;  // the last: unbiased
+};
+
+// What the numbers of a batch norm are made from, and where they go.
+struct Normalisation {
+  const double *mean, *rstd, *var;  // the last: NaN where rstd alone is known
+  const double *weight, *bias;
+  void* parameters;  // R[kParameters][padded_channels], of which kPivot to kShiftLow are set
+  int64_t padded_channels;
+  double *rest, *scale;  // mean − pivot and weight·rstd; then kInputScale is set, too. Or null
+};
+
+// What the gradients of a batch norm are made from, and where they go.
+struct InputGradient {
+  const double *dz, *dz_deviation, *dz_squares;  // sums
+  const double *rstd, *rest, *scale;             // rstd: null without statistics
+  double count, eps, closed_form_share;          // the last: as in batch_norm.cpp
+  bool batch_mode, wanted;                       // whether dx depends on the sums; whether ‖dx‖ is asked for
+  double *dbias, *dweight, *squares;             // the last: ‖dx‖², where it has a closed form
+  char* cancels;                                 // whether that is no use
+  void* parameters;                              // as above, of which kInputSlope and kInputShift are set
+  int64_t padded_channels;
+};
+
+// Of the sums over a slice: whether all are finite; Σdz², Σdx², Σdy² and the largest squared scale.
+struct SquaresOfSlice {
+  bool finite;
+  double dz, dx, dy, largest;
+};
+
 struct KernelTable {
   const char* name;
   const ActivationKernels* activations;  // in the order of VGKERN_ACTIVATIONS, which starts with identity
@@ -147,10 +183,30 @@ struct KernelTable {
   TileFunction statistics_wide[kDataTypes];
   void (*to_double[kDataTypes])(const void* source, double* target, int64_t count);
   void (*from_double[kDataTypes])(const double* source, void* target, int64_t count);
+  // Elements `pitch` apart, 0 in the place of what is not finite: in float64, and in R.
+  void (*first_elements[kDataTypes])(const void* source, int64_t pitch, int64_t count, double* target, void* same);
   // A channel's number for each of its `width` columns; a vector's worth behind the last may be written over. And the
   // columns of each channel added up and to its sum.
   void (*to_columns[kDataTypes])(const void* channels, int64_t count, int64_t width, void* columns);
   void (*add_columns)(const double* columns, int64_t count, int64_t width, double* sums);
+  // Arrays `stride` apart, added up one after the other; and the numbers of one, or their squares.
+  void (*add_slices)(const double* parts, int64_t slices, int64_t stride, int64_t count, double* totals);
+  double (*add_up)(const double* x, int64_t count);
+  double (*add_up_squares)(const double* x, int64_t count);
+  bool (*all_finite)(const double* x, int64_t count);
+  SquaresOfSlice (*look_at_slice)(const double* dz_deviation, const double* dweight, const double* dz_squares,
+                                  const double* dy_squares, const double* scale, int64_t count);
+  // 1/√(var + eps)
+  void (*reciprocal_roots)(const double* var, double eps, int64_t count, double* rstd);
+  void (*make_statistics)(const Moments& of, int64_t begin, int64_t end);
+  // Where Σ² > limit·Σ of squares: of each channel, and whether anywhere.
+  bool (*far_from_mean)(const double* deviation, const double* squares, double limit, int64_t begin, int64_t end,
+                        char* far);
+  // running ← (1 − momentum)·running + momentum·batch
+  void (*update_running[kDataTypes])(void* running, const double* batch, double momentum, int64_t count);
+  void (*normalise[kDataTypes])(const Normalisation& of, int64_t begin, int64_t end);
+  void (*settle_gradients)(const InputGradient& of, int64_t begin, int64_t end);
+  void (*input_lines[kDataTypes])(const InputGradient& of, int64_t begin, int64_t end);
   // The functions of simd_math.h as tensors of a type are computed with, over arrays of the type of arithmetic, for
   // tests: false where there is none of that name.
   bool (*apply_math[kDataTypes])(const char* name, const void* in, void* out, int64_t count);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "activations.h"
+#include "channels.h"
 #include "kernel_table.h"
 #include "math_probe.h"
 #include "norm_kernels.h"
@@ -118,6 +119,14 @@ constexpr int64_t kAlong = 1024;
 constexpr int64_t kPlaneRows = 32;
 // What a band of rows takes of each tensor: more where it is one tensor alone.
 constexpr int64_t kNarrow = 8192, kBroad = 16384;
+// Rows of a band, at least: with fewer, the numbers of a column take longer to read than its elements, of which a line
+// has two vectors' in half precision; with more, the rows of several tensors leave the caches before their turn, in the
+// backward sooner.
+template <class T>
+constexpr int64_t kRowsToWrite = sizeof(T) == 2 ? 16 : 4;
+template <class T>
+constexpr int64_t kRowsToWriteBack = sizeof(T) == 2 ? 8 : 4;
+constexpr int64_t kRowsToAddUp = 32;  // what is added up for a stretch is worth a few rows more
 
 // An element that a walk over planes comes to some way on: further along the planes of a run, which lie side by side,
 // in a run after it, or in the tile that follows.
@@ -850,7 +859,8 @@ struct StatisticsPass {
   using Element = T;
   using R = Opmath<T>;
   using Width = std::conditional_t<std::is_same_v<S, Vec<R>>, WidthOf<T>, vgkern::Width<1, 1>>;  // sums in S are rare
-  static constexpr int64_t kTerms = kSummedTerms<T>, kBandRows = 8, kBandBytes = kBroad, kAhead = kFar;
+  static constexpr int64_t kTerms = kSummedTerms<T>, kBandBytes = kBroad, kAhead = kFar;
+  static constexpr int64_t kBandRows = kRowsToAddUp;
 
   const Tile tile;  // a copy: what the kernel stores cannot be one of its fields
   LaneSums<R, 0, 2> sums{tile};
@@ -910,7 +920,8 @@ struct ForwardPass {
   using Element = T;
   using R = Opmath<T>;
   using Width = WidthOf<T>;
-  static constexpr int64_t kTerms = kNoTerms, kBandRows = 2, kBandBytes = kNarrow, kAhead = kNear;
+  static constexpr int64_t kTerms = kNoTerms, kBandBytes = kNarrow, kAhead = kNear;
+  static constexpr int64_t kBandRows = kRowsToWrite<T>;
 
   Tile tile;
   const F activation{tile.activation_args};
@@ -980,7 +991,7 @@ struct ReducePass {
   static constexpr bool kRare = !std::is_same_v<S, Vec<R>>;
   using Width = std::conditional_t<kRare, vgkern::Width<1, 1>, WidthOf<T>>;
   static constexpr int64_t kTerms = kSummedTerms<T>, kBandBytes = kNarrow, kAhead = kNear;
-  static constexpr int64_t kBandRows = 32;  // what is added up for a stretch is worth a few rows more
+  static constexpr int64_t kBandRows = kRowsToAddUp;
 
   Tile tile;
   const F activation{tile.activation_args};
@@ -1132,7 +1143,8 @@ struct DerivativePass {
   using Element = T;
   using R = Opmath<T>;
   using Width = WidthOf<T>;
-  static constexpr int64_t kTerms = kNoTerms, kBandRows = 2, kBandBytes = kNarrow, kAhead = kNear;
+  static constexpr int64_t kTerms = kNoTerms, kBandBytes = kNarrow, kAhead = kNear;
+  static constexpr int64_t kBandRows = kRowsToWriteBack<T>;
 
   Tile tile;
   const F activation{tile.activation_args};
@@ -1241,7 +1253,8 @@ struct ApplyPass {
   using Element = T;
   using R = Opmath<T>;
   using Width = WidthOf<T>;
-  static constexpr int64_t kTerms = kNoTerms, kBandRows = 2, kBandBytes = kNarrow, kAhead = kNear;
+  static constexpr int64_t kTerms = kNoTerms, kBandBytes = kNarrow, kAhead = kNear;
+  static constexpr int64_t kBandRows = kRowsToWriteBack<T>;
 
   Tile tile;
   const F activation{tile.activation_args};
@@ -1326,61 +1339,6 @@ void apply_tile(const Tile& tile) {
   apply_as<T, F, Usual::no>(tile);
 }
 
-// ---- Arrays of channels --------------------------------------------------------------------------------------------
-
-template <class T>
-void to_double(const void* source, double* target, int64_t count) {
-  using R = Opmath<T>;
-  for (int64_t i = 0; i < count; i += kLanes<R>) {
-    const int lanes = static_cast<int>(count - i < kLanes<R> ? count - i : kLanes<R>);
-    double buffer[kLanes<R>];
-    store(buffer, Wide<R>(load(static_cast<const T*>(source) + i, lanes, R(0))));
-    for (int lane = 0; lane < lanes; ++lane) target[i + lane] = buffer[lane];
-  }
-}
-
-template <class T>
-void from_double(const double* source, void* target, int64_t count) {
-  using R = Opmath<T>;
-  for (int64_t i = 0; i < count; i += kLanes<R>) {
-    const int lanes = static_cast<int>(count - i < kLanes<R> ? count - i : kLanes<R>);
-    double buffer[kLanes<R>] = {};
-    for (int lane = 0; lane < lanes; ++lane) buffer[lane] = source[i + lane];
-    const Vec<R> values = narrow(load_wide<R>(buffer));
-    const Vec<R> nan(std::numeric_limits<R>::quiet_NaN());
-    store(static_cast<T*>(target) + i, select(is_nan(values), nan, values), lanes);
-  }
-}
-
-template <class T>
-void to_columns(const void* channels, int64_t count, int64_t width, void* columns) {
-  using R = Opmath<T>;
-  const auto* from = static_cast<const R*>(channels);
-  auto* to = static_cast<R*>(columns);
-  for (int64_t channel = 0; channel < count; ++channel, to += width) {
-    const Vec<R> number(from[channel]);
-    for (int64_t i = 0; i < width; i += kLanes<R>) store(to + i, number);
-  }
-}
-
-void add_columns(const double* columns, int64_t count, int64_t width, double* sums) {
-  constexpr int64_t kStep = kLanes<double>;
-  for (int64_t channel = 0; channel < count; ++channel, columns += width) {
-    Vec<double> total[2] = {Vec<double>(0.0), Vec<double>(0.0)};
-    int64_t i = 0;
-    for (; i + 2 * kStep <= width; i += 2 * kStep) {
-      total[0] += load(columns + i);
-      total[1] += load(columns + i + kStep);
-    }
-    if (i + kStep <= width) {
-      total[0] += load(columns + i);
-      i += kStep;
-    }
-    if (i < width) total[1] += load(columns + i, static_cast<int>(width - i), 0.0);
-    sums[channel] += sum(total[0] + total[1]);
-  }
-}
-
 // ---- The table -----------------------------------------------------------------------------------------------------
 
 #define VGKERN_EACH_TYPE(function) {function<float>, function<double>, function<bfloat16>, function<float16>}
@@ -1431,8 +1389,21 @@ constexpr KernelTable make_table(const char* name) {
           VGKERN_EACH_TYPE(statistics_wide),
           VGKERN_EACH_TYPE(to_double),
           VGKERN_EACH_TYPE(from_double),
+          VGKERN_EACH_TYPE(first_elements),
           VGKERN_EACH_TYPE(to_columns),
           add_columns,
+          add_slices,
+          add_up,
+          add_up_squares,
+          all_finite,
+          look_at_slice,
+          reciprocal_roots,
+          make_statistics,
+          far_from_mean,
+          VGKERN_EACH_TYPE(update_running),
+          VGKERN_EACH_TYPE(normalise),
+          settle_gradients,
+          VGKERN_EACH_TYPE(input_lines),
           VGKERN_EACH_TYPE(apply_math),
           VGKERN_EACH_TYPE(norm_part),
           VGKERN_EACH_TYPE(scale_array)};

@@ -45,7 +45,7 @@ class Verdict:
 BATCH_NORM, NORMS = "kernels/batch_norm.py", "kernels/gradient_norm.py"
 DOUBLE_KERNELS, DOUBLE = "kernels/double_batch_norm.py", "tests/test_double_batch_norm.py"
 MONITOR = "vgkern/gradients/monitor.py"
-CPU, CPU_NORMS = "csrc/batch_norm.cpp", "csrc/gradient_norm.cpp"
+CPU, CPU_NORMS, CHANNELS = "csrc/batch_norm.cpp", "csrc/gradient_norm.cpp", "csrc/channels.h"
 KERNELS = "tests/test_triton_kernels.py|many_tiles or accuracy_does or offsets_reach or halves_are or not_wanted"
 CANCELS = "tests/test_triton_kernels.py|gradient_that_cancels and 0.0001"
 GUARDS = "tests/test_triton_traffic.py|outside"
@@ -59,7 +59,7 @@ SYNC = "tests/test_sync_batch_norm.py"
 CPU_GRID = "tests/test_grid.py|test_grid and cpu"
 CPU_GRADIENTS = "tests/test_gradient_norms.py|cpu or threads"
 CLIPPING, CLIPPER = "tests/test_clipping.py", "tests/test_clipper.py"
-HOT, DIRECT = "csrc/known_norms.cpp", "csrc/direct.cpp"
+HOT = "csrc/known_norms.cpp"
 NODE, ORDINARY, OUTPUTS = "csrc/node.cpp", "csrc/ordinary.cpp", "csrc/outputs.cpp"
 WATCHERS, UNWATCHED, USUAL = "csrc/torch_objects.cpp", "tests/test_unwatched.py", "tests/test_unwatched.py|usual_call"
 SIMD = "tests/test_simd_math.py|coarse"
@@ -303,12 +303,6 @@ FAULTS = [
     Fault("a path of zero gradient between branches is an illness", "vgkern/gradients/findings.py",
           "float(np.nanmax(gradient[:ends]))", "float(np.nanmin(gradient))", "tests/test_doctor.py|healthy"),
     # -- C++
-    Fault("biased running variance, C++", CPU, "var * (count / (count - 1.0))", "var", CPU_KERNELS),
-    Fault("the first slice skipped", CPU, "for (int64_t slice = 0; slice < grid_.slices(); ++slice) {",
-          "for (int64_t slice = grid_.slices() > 1; slice < grid_.slices(); ++slice) {", CPU_KERNELS),
-    Fault("no dβ/m in dx, C++", CPU, "-scale * dbias_[channel] / count_ - input.mean_rest",
-          "-input.mean_rest", CPU_GRID),
-    Fault("the wrong sign of κ", CPU, "(2.0 - kappa) * dweight", "(2.0 + kappa) * dweight", CPU_KERNELS),
     Fault("groups and slices swapped", CPU, "step.slices({unit(i) % groups, unit(i) / groups,",
           "step.slices({unit(i) / groups, unit(i) % groups,", CPU_KERNELS),
     Fault("a lower bound that does not bound", CPU, "std::clamp(norm, call_.min_norm, call_.max_norm)",
@@ -316,8 +310,6 @@ FAULTS = [
     Fault("one slope's gradient of one channel", CPU, "    if (shared) gradient[0] = add_up(kActivationDweight);\n", "",
           CPU_KERNELS),
     Fault("bfloat16's exponent a bit short", CPU, "uint16_t{}, 0xff << 7", "uint16_t{}, 0x7f << 8", CPU_KERNELS),
-    Fault("a mean of one part, C++", CPU, "set_shift(norm, channel, norm.bias[channel] - rest * scale)",
-          "set_shift(norm, channel, norm.bias[channel])", CPU_GRID),
     Fault("chunks of another scale merged unraised", CPU_NORMS, "std::pow(part->scale / whole.scale, p)",
           "part->scale / whole.scale", CPU_GRADIENTS),
     Fault("a tensor's last chunk given to the next", CPU_NORMS,
@@ -328,10 +320,46 @@ FAULTS = [
           "(units == 1 || strides[0] == count / units)", "true", f"{CLIPPING}|any_memory"),
     Fault("no eps in adaptive clipping", CPU_NORMS, "clip_factor * std::max(norm(weight, at), eps)",
           "clip_factor * norm(weight, at)", f"{CLIPPING}|adaptive and cpu"),
-    Fault("momentum above a half the wrong way round, C++", DIRECT, "(1.0 - momentum) * difference",
-          "momentum * difference", "tests/test_layers.py tests/test_functional.py|running or momentum"),
     Fault("shapes not looked at, C++", ORDINARY, " && std::equal(shape, shape + rank, view.shape)", "",
           "tests/test_refusals.py"),
+    # -- what is computed for each channel
+    Fault("biased running variance, C++", CHANNELS, "var * correction", "var", CPU_KERNELS),
+    Fault("the first slice skipped", CHANNELS, "int64_t slice = 0; slice < slices",
+          "int64_t slice = slices > 1; slice < slices", CPU_KERNELS),
+    Fault("of a channel's slices the last alone", CHANNELS, "total += load_some_wide<float>(parts",
+          "total = load_some_wide<float>(parts", CPU_KERNELS),
+    Fault("no dβ/m in dx, C++", CHANNELS, "map<R>(mean_of, scale * dbias)", "Wide<R>(0.0)", CPU_GRID),
+    Fault("the wrong sign of κ", CHANNELS, "(two - kappa) * dweight", "(two + kappa) * dweight", CPU_KERNELS),
+    Fault("a mean of one part, C++", CHANNELS, "shift = bias - rest * scale", "shift = bias", CPU_GRID),
+    Fault("momentum above a half the wrong way round, C++", CHANNELS, "Wide<R>(1.0 - momentum) * difference",
+          "Wide<R>(momentum) * difference", "tests/test_layers.py tests/test_functional.py|running or momentum"),
+    Fault("channels beside whole vectors not written", CHANNELS, "if (rest > 0) store_some",
+          "if (rest >= kLanes<double>) store_some", CPU_KERNELS),
+    Fault("channels beside whole vectors read as 0", CHANNELS, "rest > 0 ? load_some",
+          "rest >= kLanes<double> ? load_some", CPU_KERNELS),
+    Fault("a parameter's NaN with its payload", CHANNELS, "channel, plain_nan(v), lanes", "channel, v, lanes",
+          CPU_KERNELS),
+    Fault("a gradient's NaN with its payload", CHANNELS, "plain_nan(narrow(load_some_wide<R>(source + c, lanes)))",
+          "narrow(load_some_wide<R>(source + c, lanes))", CPU_KERNELS),
+    Fault("columns of a channel added up without their tail", CHANNELS, "if (i < width) total[1] +=",
+          "if (false) total[1] +=", CPU_KERNELS),
+    Fault("a scale rounded away from 0", CHANNELS, "as_int(nearest) - IntVec<float>(1)", "as_int(nearest)",
+          "tests/test_values.py|cpu"),
+    Fault("far channels seen in the last vector alone", CHANNELS, "any |= is_far", "any = is_far", CPU_KERNELS),
+    Fault("a slice's NaN seen in the last vector alone", CHANNELS, "zero += all - all", "zero = all - all",
+          CPU_KERNELS),
+    Fault("a channel measured from another's first element", CHANNELS, "from[(c + lane) * pitch]", "from[c + lane]",
+          CPU_KERNELS),
+    Fault("a channel measured from an infinite element", CHANNELS, "select(is_finite(v), v, Vec<R>(R(0)))", "v",
+          CPU_KERNELS),
+    Fault("numbers of a channel's first column alone", CPU, "from + column * channels_ * size", "from", CPU_KERNELS),
+    Fault("no remainder of 0 in a scale", CHANNELS,
+          "select(scale_low == zero, narrow(scale * Wide<R>(0x1p-60)), scale_low)", "scale_low",
+          "tests/test_values.py|cpu"),
+    Fault("an infinite remainder in a shift", CHANNELS, "is_finite(shift_low) & (shift_low != zero)",
+          "shift_low != zero", "tests/test_values.py|cpu"),
+    Fault("a pivot that is no number taken from the mean", CHANNELS,
+          "select(is_finite(pivot), mean - pivot, Vec<double>(0.0))", "mean - pivot", "tests/test_values.py|cpu"),
     # -- C++ headers
     Fault("half precision scaled to the nearest", "csrc/norm_kernels.h",
           "toward_zero<T>(narrow(Wide<R>(load(x + i)) * wide_factor))", "narrow(Wide<R>(load(x + i)) * wide_factor)",
@@ -402,10 +430,8 @@ FAULTS = [
           "constexpr int kAOrBAndC = 0xf0;", CPU_KERNELS),
     Fault("every tie of bfloat16 rounded up", "csrc/vec.h", "constexpr int kAOrBAndC = 0xf8;",
           "constexpr int kAOrBAndC = 0xfa;", CPU_KERNELS),
-    Fault("of a channel's slices the last alone", CPU, "total[i] += load(part + i * kLanes)",
-          "total[i] = load(part + i * kLanes)", CPU_KERNELS),
-    Fault("a thread's first channel not set", CPU, "for (int64_t c = begin; c < end; ++c) set_channel(input, c);",
-          "for (int64_t c = begin + 1; c < end; ++c) set_channel(input, c);", CPU_KERNELS),
+    Fault("a thread's first channel not set", CPU, "set_normalisation_of(input, begin, end);",
+          "set_normalisation_of(input, begin + 1, end);", CPU_KERNELS),
     Fault("an outlier's new statistics not merged", CPU, "if (any(again_, begin, end)) sums_.merge(begin, end, 0, 2);",
           "", CPU_KERNELS),
     Fault("a pair's tail one lane too long", "csrc/vec.h", "(1u << 16 << lanes) - 1", "(1u << 17 << lanes) - 1",
@@ -414,14 +440,8 @@ FAULTS = [
           "_mm512_extracti64x4_epi64(both, 0)", CPU_KERNELS),
     Fault("a pair's second term with the first's deviation", "csrc/tiles.h", "b * deviation[j + 2]",
           "b * deviation[j]", CPU_KERNELS),
-    Fault("squares that vanish not seen", CPU, "zero == 0.0 && hold(squares)", "zero == 0.0", CPU_KERNELS),
-    Fault("squares that overflow not seen", CPU, "zero == 0.0 && hold(squares)", "hold(squares)", CPU_KERNELS),
-    Fault("channels beside sixteen merged of the last slice alone", CPU, "total += part(slice, row, c)",
-          "total = part(slice, row, c)", CPU_KERNELS),
-    Fault("a parameter's NaN with its payload", "csrc/batch_norm.cpp",
-          "std::isnan(value) ? kNan : static_cast<float>(value)", "static_cast<float>(value)", CPU_KERNELS),
-    Fault("a gradient's NaN with its payload", "csrc/tiles.h", "select(is_nan(values), nan, values)", "values",
-          CPU_KERNELS),
+    Fault("squares that vanish not seen", CPU, "squares.finite && hold(squares)", "squares.finite", CPU_KERNELS),
+    Fault("squares that overflow not seen", CPU, "squares.finite && hold(squares)", "hold(squares)", CPU_KERNELS),
     Fault("differences rounded before they are summed", "csrc/tiles.h", "kSumsX = std::is_same_v<T, float> &&",
           "kSumsX = false && std::is_same_v<T, float> &&", CPU_KERNELS),
     Fault("bits of small planes taken as they lie", "csrc/tiles.h", "if (!gaps) {", "if (true) {", CPU_KERNELS),
@@ -499,8 +519,6 @@ FAULTS = [
     Fault("dz of a normalised residual rounded where it is not kept", "csrc/tiles.h",
           "if (tile.residual && !tile.normalises_residual) {", "if (tile.residual) {",
           "tests/test_double_batch_norm.py|no_memory"),
-    Fault("columns of a channel added up without their tail", "csrc/tiles.h", "if (i < width) total[1] +=",
-          "if (false) total[1] +=", CPU_KERNELS),
     Fault("rows of less than a vector taken for whole ones", "csrc/tiles.h",
           "tile.stride == kStep && tile.width == kStep", "tile.stride == kStep", CPU_KERNELS),
     Fault("every run staged for the first", "csrc/tiles.h", "stream_run(stages_[i], targets_[i] + first)",
@@ -601,8 +619,6 @@ FAULTS = [
         "forward mode": '          flag("torch.autograd.forward_ad", "_current_level", py::int_(-1)),\n',
         "the profiler": '          flag("torch.autograd.profiler", "_is_profiler_enabled", py::bool_(false)),\n',
     }.items()),
-    Fault("a scale rounded away from 0", CPU,
-          "bits -= std::abs(static_cast<double>(nearest)) > std::abs(value);", "", "tests/test_values.py|cpu"),
     Fault("an infinite mean refined, reference", "vgkern/backends/reference.py",
           "torch.where(mean.isfinite(), rest, 0.0)", "rest", "tests/test_values.py|reference and infinite"),
     Fault("‖dx‖ without the second row of a pair", CPU,
