@@ -51,14 +51,15 @@ constexpr int64_t kMinSmallPlanesBytes = 256, kSmallPlanesBytes = 4096, kMaxSmal
 // Planes: groups of channels that are left, for as many threads, when channels are taken together; one where no thread
 // is waked for the tensor.
 constexpr int64_t kGroups = 16;
-// Across channels: channels of a group, so many that the next row's are not far.
-constexpr int64_t kGroupChannels = 1024;
+// Across channels: of a row a group has so many bytes, so that the next row's are not far; fewer where a small tensor
+// would make less than so many slices; and a multiple of so many channels.
+constexpr int64_t kGroupRowBytes = 4096, kFewestSlices = 4, kGroupMultiple = 64;
 // A tensor of so many bytes is probably written past the caches. (The cuts are not to depend on whether it is.)
 constexpr int64_t kLargeBytes = 4 * 1024 * 1024;
 // Across channels: rows that do not end with a cache line are taken together, as one that does, in which each channel
 // has several columns: half a line written past the caches, and the rest when the walk comes there, takes two to three
 // times as long as both at once. There are more sums, too, so that with many channels smaller tensors would lose by it.
-constexpr int64_t kMaxColumnsTogether = 2 * kGroupChannels, kFewChannels = 96;
+constexpr int64_t kMaxColumnsTogether = 2048, kFewChannels = 96;
 // Of a channel in a slice of rows, at least: its sums take 48 bytes, which are written, looked at and added up.
 constexpr int64_t kSliceColumnBytes = 512;
 // What a group's tensors may take for those that are read twice to lie in the L2 cache when the second pass begins.
@@ -168,13 +169,27 @@ class Grid {
  private:
   void cut_rows(int64_t slice_bytes, bool is_large, int64_t tensors) {
     height_ = shape_.batch * shape_.spatial;
-    group_ = std::min(shape_.channels, kGroupChannels);
+    group_ = part_of_channels(ceil_div(shape_.channels * size_, kGroupRowBytes));
     if (shape_.channels <= kFewChannels || is_large) together_ = rows_of_whole_lines();
-    extent_ =
-        std::max({ceil_div(slice_bytes / size_, group_), kSliceColumnBytes / size_, ceil_div(height_, kMaxSlices)});
-    extent_ = round_up(extent_, together_);
+    extent_ = std::max({ceil_div(slice_bytes / size_, group_), tensors > 0 ? kSliceColumnBytes / size_ : 1,
+                        ceil_div(height_, kMaxSlices)});
+    cut_evenly(extent_, together_);
+    const bool few = slices_ * ceil_div(shape_.channels, group_) < kFewestSlices;
+    if (few && !is_large && tensors > 0) group_ = part_of_channels(ceil_div(kFewestSlices, slices_));
+    // Where nothing is read twice nothing is gained by it, and threads that share rows take each other's lines.
+    fits_cache_ = tensors > 0 && height_ * group_ * size_ * tensors <= kGroupBytes;
+  }
+
+  // Channels of one of so many groups of the same size.
+  int64_t part_of_channels(int64_t groups) const {
+    return std::min(shape_.channels, round_up(ceil_div(shape_.channels, groups), kGroupMultiple));
+  }
+
+  // Into slices of about so many planes or rows: of the same size, and as many as threads share evenly.
+  void cut_evenly(int64_t extent, int64_t multiple) {
+    const int64_t slices = ceil_div(height_, extent);
+    extent_ = round_up(ceil_div(height_, slices <= 2 ? slices : round_up(slices, 4)), multiple);
     slices_ = ceil_div(height_, extent_);
-    fits_cache_ = height_ * group_ * size_ * tensors <= kGroupBytes;
   }
 
   // How many together are, or 1. Where a row's bits do not fill bytes, eight bytes of them are read at a time.
@@ -212,8 +227,8 @@ class Grid {
     const int64_t longest = staged && is_large ? std::min(elements, stage) : elements;
     part_ = round_up(ceil_div(shape_.spatial, ceil_div(shape_.spatial, longest)), kChannelPadding);
     parts_ = ceil_div(shape_.spatial, part_);
-    extent_ = std::max<int64_t>(1, elements / std::min(part_, shape_.spatial));
-    slices_ = parts_ * ceil_div(height_, extent_);
+    cut_evenly(std::max<int64_t>(1, elements / std::min(part_, shape_.spatial)), 1);
+    slices_ *= parts_;
     fits_cache_ = true;  // or else nothing is lost by taking one channel after the other
   }
 
