@@ -169,13 +169,14 @@ class Grid {
  private:
   void cut_rows(int64_t slice_bytes, bool is_large, int64_t tensors) {
     height_ = shape_.batch * shape_.spatial;
-    group_ = part_of_channels(ceil_div(shape_.channels * size_, kGroupRowBytes));
     if (shape_.channels <= kFewChannels || is_large) together_ = rows_of_whole_lines();
+    const bool may_part = together_ == 1;  // what is taken together is all of a row
+    group_ = part_of_channels(may_part ? ceil_div(shape_.channels * size_, kGroupRowBytes) : 1);
     extent_ = std::max({ceil_div(slice_bytes / size_, group_), tensors > 0 ? kSliceColumnBytes / size_ : 1,
                         ceil_div(height_, kMaxSlices)});
     cut_evenly(extent_, together_);
     const bool few = slices_ * ceil_div(shape_.channels, group_) < kFewestSlices;
-    if (few && !is_large && tensors > 0) group_ = part_of_channels(ceil_div(kFewestSlices, slices_));
+    if (few && may_part && !is_large && tensors > 0) group_ = part_of_channels(ceil_div(kFewestSlices, slices_));
     // Where nothing is read twice nothing is gained by it, and threads that share rows take each other's lines.
     fits_cache_ = tensors > 0 && height_ * group_ * size_ * tensors <= kGroupBytes;
   }

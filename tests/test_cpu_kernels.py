@@ -219,6 +219,20 @@ def test_rows_together(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(5, 1301), (12, 2500), (150, 70), (3, 1100, 2, 2), (1, 300, 3, 3)], ids=str)
+def test_many_channels_of_few_elements(isa, dtype, shape):
+    """Of whole vectors and not; groups of channels, and slices that threads share evenly or one alone."""
+    layout = "channels_last" if len(shape) == 4 else "contiguous"
+    for activation in ("relu", "prelu", "silu"):
+        Case(activation, dtype, layout, True, shape=shape).assert_passes("cpu")
+    Case("relu", dtype, layout, False, shape=shape).assert_passes("cpu")
+    Case("relu", dtype, layout, shape=shape, layer="double_batch_norm_act").assert_passes("cpu")
+    Case("relu", dtype, layout, shape=shape, layer="add_act").assert_passes("cpu")
+    if len(shape) == 4:
+        Case("relu", dtype, "contiguous", True, shape=shape).assert_passes("cpu")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 def test_small_planes_across_the_batch(isa, dtype):
     """Whole vectors of columns and tails, whole bytes of a mask and not, several bands; planes that are left alone."""
     shapes = [
