@@ -188,10 +188,11 @@ class Grid {
 
   // Into slices of about so many planes or rows: of the same size, and as many as threads share evenly.
   void cut_evenly(int64_t extent, int64_t multiple) {
-    const int64_t slices = ceil_div(height_, extent);
-    extent_ = round_up(ceil_div(height_, slices <= 2 ? slices : round_up(slices, 4)), multiple);
+    extent_ = round_up(ceil_div(height_, even(ceil_div(height_, extent))), multiple);
     slices_ = ceil_div(height_, extent_);
   }
+
+  static int64_t even(int64_t parts) { return parts <= 2 ? parts : round_up(parts, 4); }
 
   // How many together are, or 1. Where a row's bits do not fill bytes, eight bytes of them are read at a time.
   int64_t rows_of_whole_lines() const {
@@ -226,7 +227,8 @@ class Grid {
         std::max(slice_bytes / size_ / group_, ceil_div(shape_.batch * shape_.spatial, kMaxSlices));  // of a channel
     const int64_t stage = std::max(kStageBytes / size_, ceil_div(shape_.spatial, kMaxSlices));
     const int64_t longest = staged && is_large ? std::min(elements, stage) : elements;
-    part_ = round_up(ceil_div(shape_.spatial, ceil_div(shape_.spatial, longest)), kChannelPadding);
+    part_ = round_up(ceil_div(shape_.spatial, even(ceil_div(shape_.spatial, longest))),
+                     std::max(kChannelPadding, kLineBytes / size_));
     parts_ = ceil_div(shape_.spatial, part_);
     cut_evenly(std::max<int64_t>(1, elements / std::min(part_, shape_.spatial)), 1);
     slices_ *= parts_;
@@ -567,7 +569,7 @@ class Sums {
         stride_(channel_stride),
         rows_(rows),
         parts_(new double[grid.slices() * rows * channel_stride]),
-        totals_(new double[rows * channel_stride]) {}
+        totals_(grid.slices() == 1 ? nullptr : new double[rows * channel_stride]) {}
 
   // Zeroes rows [first, last) of a slice and returns where the group's row 0 is.
   double* start(const Slice& slice, int first, int last) {
@@ -579,6 +581,7 @@ class Sums {
 
   // Adds up the slices, in order, for rows [first, last) of channels [begin, end).
   void merge(int64_t begin, int64_t end, int first, int last) {
+    if (!totals_) return;
     for (int row = first; row < last; ++row) {
       table_.add_slices(parts(0, row) + begin, grid_.slices(), rows_ * stride_, end - begin,
                         totals_.get() + row * stride_ + begin);
@@ -614,14 +617,14 @@ class Sums {
   const double* parts(int64_t slice, int row) const { return parts_.get() + (slice * rows_ + row) * stride_; }
 
   double total(int row, int64_t channel) const { return totals(row)[channel]; }
-  const double* totals(int row) const { return totals_.get() + row * stride_; }
+  const double* totals(int row) const { return totals_ ? totals_.get() + row * stride_ : parts(0, row); }
 
  private:
   const KernelTable& table_;
   const Grid& grid_;
   const int64_t stride_;
   const int rows_;
-  std::unique_ptr<double[]> parts_, totals_;
+  std::unique_ptr<double[]> parts_, totals_;  // a single slice is its own total
 };
 
 // The share of the mean square that the squared mean of x − pivot may take before x is measured from another pivot: at
@@ -1178,12 +1181,37 @@ class BackwardPass : Operation {
   std::vector<Input> inputs_;
 };
 
+// ---- Without channels ----------------------------------------------------------------------------------------------
+
+// Whether there is a number for each channel.
+bool has_channels(const Common& call, const double* statistics) {
+  return statistics || call.activation_weight_size > 1;
+}
+
+// The same memory, and the same bits of a mask, with as few channels as may be.
+Shape without_channels(const Shape& shape, const uint8_t* mask) {
+  const int64_t stretch = shape.rows ? shape.channels : shape.spatial;
+  const int64_t stretches = shape.batch * shape.channels * shape.spatial / stretch;
+  if (!mask || stretch % 8 == 0) return {1, 1, stretches * stretch, false};
+  if (shape.rows) return shape;  // of rows those that have gaps in their bits can be taken together
+  const int64_t channels = std::gcd(stretches, kTileChannels);
+  return {stretches / channels, channels, stretch, false};
+}
+
 }  // namespace
 
 int64_t set_cache_bytes(int64_t bytes) { return cache_bytes().exchange(bytes); }
 
-void batch_norm_act_forward(const KernelTable& table, const Forward& call) { ForwardPass(table, call)(); }
+void batch_norm_act_forward(const KernelTable& table, const Forward& given) {
+  Forward call = given;
+  if (!has_channels(call, call.statistics)) call.shape = without_channels(call.shape, call.saved_mask);
+  ForwardPass(table, call)();
+}
 
-void batch_norm_act_backward(const KernelTable& table, const Backward& call) { BackwardPass(table, call)(); }
+void batch_norm_act_backward(const KernelTable& table, const Backward& given) {
+  Backward call = given;
+  if (!has_channels(call, call.statistics)) call.shape = without_channels(call.shape, call.mask);
+  BackwardPass(table, call)();
+}
 
 }  // namespace vgkern
