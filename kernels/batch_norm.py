@@ -351,9 +351,10 @@ def _save_statistics(statistics_ptr, channel, present, num_channels, mean, rstd,
 
 @triton.jit
 def _split(values, COMPUTE: tl.constexpr, ROWS: tl.constexpr, RUNS: tl.constexpr):
-    """Per-channel float64 values as two operands of a tile whose sum they are."""
+    """Per-channel float64 values as two operands of a tile whose sum they are; of inf and NaN the second is 0."""
     hi = values.to(COMPUTE).to(tl.float64)
-    return _spread(hi, COMPUTE, ROWS, RUNS), _spread(values - hi, COMPUTE, ROWS, RUNS)
+    lo = tl.where(tl.abs(hi) < float("inf"), values - hi, 0.0)
+    return _spread(hi, COMPUTE, ROWS, RUNS), _spread(lo, COMPUTE, ROWS, RUNS)
 
 
 @triton.jit

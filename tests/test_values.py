@@ -148,6 +148,20 @@ def test_an_infinite_value_is_not_turned_into_a_finite_one(backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_infinite_bias_or_running_mean_gives_an_infinite_z(backend, device, dtype):
+    """As in PyTorch: of numbers that are kept in two parts the second is no number there."""
+    layer = vgkern.nn.BatchNormAct2d(3, activation=None).to(device, dtype).eval()
+    with torch.no_grad():
+        layer.bias[0] = math.inf
+        layer.running_mean[1] = math.inf
+    x = torch.randn(4, 3, 5, 7).to(device, dtype)
+    y = layer(x)
+    assert (y[:, 0] == math.inf).all()
+    assert (y[:, 1] == -math.inf).all()
+    assert y[:, 2].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_infinite_x_gives_an_infinite_z(backend, device, dtype):
     """With running statistics, as in PyTorch; whatever a scale, which is more than a float holds, is rounded to."""
     channels = 64
