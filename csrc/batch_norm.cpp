@@ -51,17 +51,19 @@ constexpr int64_t kMinSmallPlanesBytes = 256, kSmallPlanesBytes = 4096, kMaxSmal
 // Planes: groups of channels that are left, for as many threads, when channels are taken together; one where no thread
 // is waked for the tensor.
 constexpr int64_t kGroups = 16;
-// Across channels: of a row a group has so many bytes, so that the next row's are not far; fewer where a small tensor
-// would make less than so many slices; and a multiple of so many channels.
-constexpr int64_t kGroupRowBytes = 4096, kFewestSlices = 4, kGroupMultiple = 64;
+// Across channels: of a row a group has so many bytes, so that the next row's are not far, but not fewer: threads that
+// take parts of the same rows take each other's lines, too (of 1 KiB at most twice the time of one thread, at some
+// addresses). A multiple of so many channels.
+constexpr int64_t kGroupRowBytes = 4096, kGroupMultiple = 64;
 // A tensor of so many bytes is probably written past the caches. (The cuts are not to depend on whether it is.)
 constexpr int64_t kLargeBytes = 4 * 1024 * 1024;
 // Across channels: rows that do not end with a cache line are taken together, as one that does, in which each channel
 // has several columns: half a line written past the caches, and the rest when the walk comes there, takes two to three
 // times as long as both at once. There are more sums, too, so that with many channels smaller tensors would lose by it.
 constexpr int64_t kMaxColumnsTogether = 2048, kFewChannels = 96;
-// Of a channel in a slice of rows, at least: its sums take 48 bytes, which are written, looked at and added up.
-constexpr int64_t kSliceColumnBytes = 512;
+// Of a channel in a slice of rows, at least: its sums take 48 bytes, which are written, looked at and added up. Or half
+// of all rows, but so many.
+constexpr int64_t kSliceColumnBytes = 512, kFewestRows = 32;
 // What a group's tensors may take for those that are read twice to lie in the L2 cache when the second pass begins.
 constexpr int64_t kGroupBytes = 1024 * 1024;
 // What dz of a group may take, kept by the thread between its two passes.
@@ -170,20 +172,15 @@ class Grid {
   void cut_rows(int64_t slice_bytes, bool is_large, int64_t tensors) {
     height_ = shape_.batch * shape_.spatial;
     if (shape_.channels <= kFewChannels || is_large) together_ = rows_of_whole_lines();
-    const bool may_part = together_ == 1;  // what is taken together is all of a row
-    group_ = part_of_channels(may_part ? ceil_div(shape_.channels * size_, kGroupRowBytes) : 1);
-    extent_ = std::max({ceil_div(slice_bytes / size_, group_), tensors > 0 ? kSliceColumnBytes / size_ : 1,
-                        ceil_div(height_, kMaxSlices)});
-    cut_evenly(extent_, together_);
-    const bool few = slices_ * ceil_div(shape_.channels, group_) < kFewestSlices;
-    if (few && may_part && !is_large && tensors > 0) group_ = part_of_channels(ceil_div(kFewestSlices, slices_));
+    const int64_t groups = ceil_div(shape_.channels * size_, kGroupRowBytes);
+    group_ = together_ > 1 ? shape_.channels  // what is taken together is all of a row
+                           : std::min(shape_.channels, round_up(ceil_div(shape_.channels, groups), kGroupMultiple));
+    const int64_t worth_sums = std::min(kSliceColumnBytes / size_, std::max(kFewestRows, ceil_div(height_, 2)));
+    cut_evenly(
+        std::max({ceil_div(slice_bytes / size_, group_), tensors > 0 ? worth_sums : 1, ceil_div(height_, kMaxSlices)}),
+        together_);
     // Where nothing is read twice nothing is gained by it, and threads that share rows take each other's lines.
     fits_cache_ = tensors > 0 && height_ * group_ * size_ * tensors <= kGroupBytes;
-  }
-
-  // Channels of one of so many groups of the same size.
-  int64_t part_of_channels(int64_t groups) const {
-    return std::min(shape_.channels, round_up(ceil_div(shape_.channels, groups), kGroupMultiple));
   }
 
   // Into slices of about so many planes or rows: of the same size, and as many as threads share evenly.

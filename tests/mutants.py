@@ -637,7 +637,7 @@ FAULTS = [
           "if (true) return", CPU_KERNELS),
     Fault("a slope of each channel taken for one", CPU, "statistics || call.activation_weight_size > 1", "statistics",
           CPU_KERNELS),
-    Fault("a part of rows taken together", CPU, "may_part = together_ == 1;", "may_part = true;", CPU_KERNELS),
+    Fault("a part of rows taken together", CPU, "group_ = together_ > 1 ?", "group_ = false ?", CPU_KERNELS),
     Fault("groups of channels whose bits share a byte", CPU, "kGroupMultiple = 64;", "kGroupMultiple = 4;",
           CPU_KERNELS),
     Fault("a bad channel that spoils its neighbours", CPU, "shared_good : stays[i - begin] != 0)",

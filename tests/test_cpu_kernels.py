@@ -213,7 +213,8 @@ def test_rows_together(isa, dtype):
     shapes += [(8, 12, 7, 8), (4, 20, 6, 4), (8, 3, 16, 8), (2, 33, 8, 8)]  # whose bits do not fill bytes
     for activation, shape in itertools.product(("relu", "prelu", "gelu"), shapes):
         Case(activation, dtype, "channels_last", True, shape=shape).assert_passes("cpu")
-    Case("relu", dtype, "channels_last", True, shape=(4, 104, 52, 100)).assert_passes("cpu")  # long ones, and many
+    long_and_many = (2, 516, 24, 24) if dtype == "float64" else (4, 104, 52, 100)
+    Case("relu", dtype, "channels_last", True, shape=long_and_many).assert_passes("cpu")
     Case("relu", dtype, "channels_last", False, shape=shapes[1]).assert_passes("cpu")
     Case("relu", dtype, "channels_last", shape=shapes[1], layer="double_batch_norm_act").assert_passes("cpu")
 
