@@ -52,8 +52,8 @@ constexpr int64_t kMinSmallPlanesBytes = 256, kSmallPlanesBytes = 4096, kMaxSmal
 // is waked for the tensor.
 constexpr int64_t kGroups = 16;
 // Across channels: of a row a group has so many bytes, so that the next row's are not far, but not fewer: threads that
-// take parts of the same rows take each other's lines, too (of 1 KiB at most twice the time of one thread, at some
-// addresses). A multiple of so many channels.
+// take parts of the same rows take each other's lines, too (by parts of 1 KiB and less two of them took up to twice as
+// long as one, Zen 4). A multiple of so many channels.
 constexpr int64_t kGroupRowBytes = 4096, kGroupMultiple = 64;
 // A tensor of so many bytes is probably written past the caches. (The cuts are not to depend on whether it is.)
 constexpr int64_t kLargeBytes = 4 * 1024 * 1024;
