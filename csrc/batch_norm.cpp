@@ -696,13 +696,20 @@ class ForwardPass : Operation {
           shift_(pass.allocate(1)),
           again_(pass.channels_, 0) {}
 
-    // x is measured from its first element, so that neither a large mean nor a constant channel costs accuracy.
+    // x is measured from a number near to its mean, so that neither a large mean nor a constant channel costs accuracy.
     void start(int64_t begin, int64_t end) {
-      const Forward& call = pass_.call_;
-      const int64_t pitch = call.shape.rows ? 1 : call.shape.spatial;
+      const Shape& shape = pass_.call_.shape;
+      const DataType dtype = pass_.call_.dtype;
+      int64_t offsets[kOriginSamples];  // all over the channel: what lies side by side may be alike
+      for (int64_t i = 0; i < kOriginSamples; ++i) {
+        const int64_t element = i * (shape.batch * shape.spatial) / kOriginSamples;
+        offsets[i] = shape.rows ? element * shape.channels
+                                : element / shape.spatial * shape.channels * shape.spatial + element % shape.spatial;
+      }
+      const int64_t pitch = shape.rows ? 1 : shape.spatial;
       char* pivots = pass_.parameters_of((norm_.first_parameter + kPivot) * pass_.channel_stride_ + begin);
-      pass_.table_.first_elements[call.dtype](static_cast<const char*>(x_) + begin * pitch * item_size(call.dtype),
-                                              pitch, end - begin, shift_.get() + begin, pivots);
+      pass_.table_.find_origins[dtype](static_cast<const char*>(x_) + begin * pitch * item_size(dtype), offsets, pitch,
+                                       end - begin, shift_.get() + begin, pivots);
       pass_.repeat(norm_, kPivot, kPivot, begin, end);
     }
 
@@ -725,8 +732,8 @@ class ForwardPass : Operation {
           [&] { run(pass_.table_.statistics_wide); });
     }
 
-    // A second time, from the mean itself, where var would be a small difference of large numbers: the first element
-    // was an outlier. In float64 always, which is the accuracy that its users ask for.
+    // A second time, from the mean itself, where var would be a small difference of large numbers: an outlier was among
+    // the elements that were asked. In float64 always, which is the accuracy that its users ask for.
     void restart(int64_t begin, int64_t end) {
       sums_.merge(begin, end, 0, 2);
       const double *deviation = sums_.totals(kDeviation), *squares = sums_.totals(kDeviationSquares);

@@ -77,22 +77,32 @@ void from_double(const double* source, void* target, int64_t count) {
   });
 }
 
-// Elements `pitch` apart, 0 in the place of what is not finite: in float64, and as numbers of type R.
+// A number near to each channel's mean: that of its elements at `offsets`, channels being `pitch` apart; 0 in the place
+// of what is not finite. In float64, and as numbers of type R.
+//
+// Of float32 several: the square of what the number is off by is taken from the mean square, which is rounded, and with
+// few elements no sum evens that out. Of the others one: float64 measures twice, and halves show nothing of it.
 template <class T>
-void first_elements(const void* source, int64_t pitch, int64_t count, double* target, void* same) {
+void find_origins(const void* source, const int64_t* offsets, int64_t pitch, int64_t count, double* target,
+                  void* same) {
   using R = Opmath<T>;
+  constexpr int kTaken = std::is_same_v<T, float> ? kOriginSamples : 1;
   const auto* from = static_cast<const T*>(source);
   each_channels<R>(0, count, [&](int64_t c, int lanes) VGKERN_LAMBDA {
-    T gathered[kLanes<R>];
-    const T* elements = from + c;
-    if (pitch != 1) {
-      for (int lane = 0; lane < lanes; ++lane) gathered[lane] = from[(c + lane) * pitch];
-      elements = gathered;
+    Wide<R> total(0.0);
+    for (int sample = 0; sample < kTaken; ++sample) {
+      const T* elements = from + offsets[sample] + c * pitch;
+      T gathered[kLanes<R>];
+      if (pitch != 1) {
+        for (int lane = 0; lane < lanes; ++lane) gathered[lane] = elements[lane * pitch];
+        elements = gathered;
+      }
+      total += Wide<R>(load_some(elements, lanes));
     }
-    Vec<R> v = load_some(elements, lanes);
-    v = select(is_finite(v), v, Vec<R>(R(0)));
-    store_some(target + c, Wide<R>(v), lanes);
-    store_some(static_cast<R*>(same) + c, v, lanes);
+    Vec<R> origin = narrow(total * Wide<R>(1.0 / kTaken));
+    origin = select(is_finite(origin), origin, Vec<R>(R(0)));
+    store_some(target + c, Wide<R>(origin), lanes);
+    store_some(static_cast<R*>(same) + c, origin, lanes);
   });
 }
 

@@ -103,6 +103,8 @@ struct Tile {
 
 // Channels of a tile that is not across, at most.
 constexpr int kTileChannels = 16;
+// Elements of a channel that tell from where it is measured.
+constexpr int kOriginSamples = 8;
 // A run of planes is written by way of a stage only if it takes no more: a part of the L1 cache.
 constexpr int64_t kStageBytes = 16384;
 using TileFunction = void (*)(const Tile&);
@@ -183,8 +185,10 @@ struct KernelTable {
   TileFunction statistics_wide[kDataTypes];
   void (*to_double[kDataTypes])(const void* source, double* target, int64_t count);
   void (*from_double[kDataTypes])(const double* source, void* target, int64_t count);
-  // Elements `pitch` apart, 0 in the place of what is not finite: in float64, and in R.
-  void (*first_elements[kDataTypes])(const void* source, int64_t pitch, int64_t count, double* target, void* same);
+  // A number near to each channel's mean, in float64 and in R: from elements at kOriginSamples offsets, channels being
+  // `pitch` apart.
+  void (*find_origins[kDataTypes])(const void* source, const int64_t* offsets, int64_t pitch, int64_t count,
+                                   double* target, void* same);
   // A channel's number for each of its `width` columns; a vector's worth behind the last may be written over. And the
   // columns of each channel added up and to its sum.
   void (*to_columns[kDataTypes])(const void* channels, int64_t count, int64_t width, void* columns);

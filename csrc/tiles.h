@@ -1389,7 +1389,7 @@ constexpr KernelTable make_table(const char* name) {
           VGKERN_EACH_TYPE(statistics_wide),
           VGKERN_EACH_TYPE(to_double),
           VGKERN_EACH_TYPE(from_double),
-          VGKERN_EACH_TYPE(first_elements),
+          VGKERN_EACH_TYPE(find_origins),
           VGKERN_EACH_TYPE(to_columns),
           add_columns,
           add_slices,

@@ -220,7 +220,7 @@ def test_rows_together(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
-@pytest.mark.parametrize("shape", [(5, 1301), (12, 2500), (150, 70), (3, 1100, 2, 2), (1, 300, 3, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(17, 1301), (24, 2500), (150, 70), (3, 1100, 2, 2), (1, 300, 3, 3)], ids=str)
 def test_many_channels_of_few_elements(isa, dtype, shape):
     """Of whole vectors and not; groups of channels, and slices that threads share evenly or one alone."""
     layout = "channels_last" if len(shape) == 4 else "contiguous"
@@ -535,7 +535,7 @@ def test_one_channel_far_from_0(isa, dtype, times, rows, channels, far):
 )
 @pytest.mark.parametrize(("mean", "outlier", "outlying"), [(1e6, 0.0, 5), (0.0, 1e4, 5), (0.0, 1e4, 1), (-1e4, 0.0, 5)])
 def test_statistics_of_large_means_and_outliers(isa, mean, outlier, outlying, shape, rows):
-    """An outlier as first element is the value from which the statistics measure; so of the first channels."""
+    """An outlier as first element moves the value from which the statistics measure; so of the first channels."""
     arguments, _ = _arguments(shape, torch.float32, rows=rows)
     x = arguments[0].add_(mean)
     x[0, :outlying, 0, 0] += outlier
@@ -545,6 +545,17 @@ def test_statistics_of_large_means_and_outliers(isa, mean, outlier, outlying, sh
     assert ((mean_ - exact.mean(1)).abs() <= 1e-12 * exact.std(1)).all()
     torch.testing.assert_close(var, exact.var(1), rtol=4e-7, atol=0)
     torch.testing.assert_close(rstd, (exact.var(1, correction=0) + 1e-5).rsqrt(), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((8, 2048, 1, 1), True), ((32, 2048, 1, 1), True), ((2, 2048, 4, 4), False)]
+)
+def test_statistics_of_few_elements(isa, shape, rows):
+    """Of thousands of channels some have elements far from their mean, from which the others must not be measured."""
+    arguments, _ = _arguments(shape, torch.float32, rows=rows)
+    var = cpu.batch_norm_act_forward(*arguments)[1][2]
+    exact = arguments[0].double().movedim(1, 0).reshape(shape[1], -1)
+    torch.testing.assert_close(var, exact.var(1), rtol=3e-7, atol=0)
 
 
 @pytest.mark.parametrize(("channels", "rows"), [(6, False), (6, True), (24, True)])
