@@ -702,7 +702,7 @@ class ForwardPass : Operation {
       const DataType dtype = pass_.call_.dtype;
       int64_t offsets[kOriginSamples];  // all over the channel: what lies side by side may be alike
       for (int64_t i = 0; i < kOriginSamples; ++i) {
-        const int64_t element = i * (shape.batch * shape.spatial) / kOriginSamples;
+        const int64_t element = (2 * i + 1) * (shape.batch * shape.spatial) / (2 * kOriginSamples);
         offsets[i] = shape.rows ? element * shape.channels
                                 : element / shape.spatial * shape.channels * shape.spatial + element % shape.spatial;
       }
